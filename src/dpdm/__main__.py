@@ -1,0 +1,5 @@
+"""``python -m dpdm``."""
+
+from dpdm.cli import main
+
+main()

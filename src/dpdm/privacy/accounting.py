@@ -1,0 +1,238 @@
+"""Mechanisms -> (epsilon, delta), and the noise multiplier that a budget allows.
+
+Adjacency throughout: *add or remove one record*, with the number of records N treated as public. Imports no torch.
+
+The accountant is the privacy loss distribution (PLD) of Google's ``dp-accounting`` with pessimistic rounding, so every
+epsilon returned here is an upper bound on the mechanism's true one (Koskela et al. 2020, arXiv 1906.03049; Doroshenko
+et al. 2022, arXiv 2207.04380).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dpdm.errors import InputError
+
+ACCOUNTANT = "PLD (dp-accounting, pessimistic discretisation)"
+ADJACENCY = "add or remove one record"
+NOISE_MULTIPLIER_DIGITS = 5  # calibrated noise multipliers are rounded up to so many significant digits
+
+RDP_ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)  # integers: no series that may not converge
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """``num_steps`` adaptive uses of the Poisson-subsampled Gaussian mechanism.
+
+    Attributes:
+        name: what bought it, for the statement.
+        sampling_rate: probability that a record takes part in one use; 1 is the plain Gaussian mechanism.
+        noise_multiplier: noise standard deviation / L2 sensitivity.
+        num_steps: how often it was used.
+    """
+
+    name: str
+    sampling_rate: float
+    noise_multiplier: float
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise InputError(f"Expected 0 < sampling_rate <= 1, got {self.sampling_rate} ({self.name}).")
+        if not (self.noise_multiplier > 0 and math.isfinite(self.noise_multiplier)):
+            raise InputError(f"Expected a finite noise_multiplier > 0, got {self.noise_multiplier} ({self.name}).")
+        if self.num_steps < 0:
+            raise InputError(f"Expected num_steps >= 0, got {self.num_steps} ({self.name}).")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def epsilon_spent(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """Returns an upper bound on epsilon of the adaptive composition of all mechanisms, at ``delta``.
+
+    Guarantee: the joint output of the mechanisms is (returned epsilon, delta)-differentially private with respect to
+    adding or removing one record, if each is what its description says.
+
+    Args:
+        mechanisms: in any order; none, or none with a step, gives 0.
+        delta: in (0, 1).
+    """
+    _check_delta(delta)
+    return _epsilon(tuple(m for m in mechanisms if m.num_steps > 0), delta, accountant="pld")
+
+
+def calibrate_noise_multiplier(
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    num_steps: int,
+    *,
+    others: Sequence[Mechanism] = (),
+) -> float:
+    """Returns the smallest noise multiplier (about; 5 digits, rounded up) that keeps the whole within ``epsilon``.
+
+    Guarantee: ``epsilon_spent([*others, Mechanism(sampling_rate, returned, num_steps)], delta) <= epsilon``; the
+    returned value itself was checked, not its neighbour before rounding.
+
+    Args:
+        epsilon: the whole budget, > 0.
+        delta: in (0, 1).
+        sampling_rate: q in (0, 1].
+        num_steps: >= 1.
+        others: what else is bought from the same budget (a warm-up, say).
+
+    Raises:
+        InputError: if ``others`` alone pass the budget, or an argument is out of range.
+    """
+    _check_epsilon(epsilon)
+    _check_delta(delta)
+    if num_steps < 1:
+        raise InputError(f"Expected num_steps >= 1, got {num_steps}: train for longer.")
+
+    def spent(noise_multiplier: float, accountant: str = "pld") -> float:
+        steps = Mechanism("DP-SGD", sampling_rate, noise_multiplier, num_steps)
+        return _epsilon((*others, steps), delta, accountant=accountant)
+
+    if others and epsilon_spent(others, delta) >= epsilon:
+        raise InputError(
+            f"Expected the warm-up to cost less than epsilon={epsilon}, got {epsilon_spent(others, delta):.4g}: "
+            "raise train.warmup.noise_multiplier."
+        )
+    # The Renyi accountant is fast and nearly always above PLD, so its answer is the place to start from.
+    start = _bisect(lambda sigma: spent(sigma, "rdp"), epsilon, low=1e-2, high=_rdp_ceiling(spent, epsilon))
+    sigma = _round_up(_secant(spent, epsilon, start))
+    while spent(sigma) > epsilon:
+        sigma = _round_up(sigma * (1 + 0.5 * 10.0 ** (1 - NOISE_MULTIPLIER_DIGITS)))
+    return sigma
+
+
+def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
+    """Returns the guarantee for ``size`` records that change together, from the guarantee for one.
+
+    (k epsilon, delta (e^(k epsilon) - 1)/(e^epsilon - 1)), Vadhan 2017, "The Complexity of Differential Privacy",
+    lemma 2.2. A returned delta of 1 or more promises nothing.
+    """
+    return size * epsilon, delta * math.expm1(size * epsilon) / math.expm1(epsilon)
+
+
+def num_iterations(num_epochs: float, dataset_size: int, expected_batch_size: int) -> int:
+    """Returns floor(num_epochs / q) with q = expected_batch_size / dataset_size."""
+    return int(num_epochs * dataset_size // expected_batch_size)
+
+
+def sampling_rate(expected_batch_size: int, dataset_size: int) -> float:
+    """Returns q = expected_batch_size / N.
+
+    Raises:
+        InputError: if the batch is empty or larger than the data set.
+    """
+    if expected_batch_size < 1:
+        raise InputError(f"Expected train.expected_batch_size >= 1, got {expected_batch_size}.")
+    if expected_batch_size > dataset_size:
+        raise InputError(
+            f"Expected train.expected_batch_size <= {dataset_size} (the number of images), got {expected_batch_size}: "
+            "choose a smaller batch."
+        )
+    return expected_batch_size / dataset_size
+
+
+def check_delta_for(delta: float, dataset_size: int) -> str | None:
+    """Refuses a delta that allows publishing a record; returns a warning for one that is merely large, or None.
+
+    A mechanism that publishes one random record satisfies (0, 1/N)-differential privacy, so delta >= 1/N says nothing.
+    """
+    _check_delta(delta)
+    if delta >= 1 / dataset_size:
+        raise InputError(
+            f"Expected delta < 1/N = {1 / dataset_size:.3g} for {dataset_size} images, got {delta:g}: such a delta "
+            f"permits publishing a whole image; use {default_delta(dataset_size):g}."
+        )
+    if delta > 1 / (10 * dataset_size):
+        return (
+            f"delta={delta:g} is above 1/(10 N) = {1 / (10 * dataset_size):.3g}; "
+            f"{default_delta(dataset_size):g} is customary for {dataset_size} images."
+        )
+    return None
+
+
+def default_delta(dataset_size: int) -> float:
+    """Returns the power of ten at or below min(1e-5, 1/(10 N))."""
+    exponent = -5
+    while 10 * dataset_size > 10 ** (-exponent):  # integers: 10.0**x would round
+        exponent -= 1
+    return float(f"1e{exponent}")
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise InputError(f"Expected 0 < delta < 1, got {delta}.")
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise InputError(f"Expected a finite epsilon > 0, got {epsilon}.")
+
+
+def _epsilon(mechanisms: Sequence[Mechanism], delta: float, *, accountant: str) -> float:
+    import dp_accounting
+    from dp_accounting import pld, rdp
+
+    if not mechanisms:
+        return 0.0
+    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    if accountant == "rdp":
+        chosen: Any = rdp.RdpAccountant(orders=RDP_ORDERS, neighboring_relation=relation)
+    else:
+        chosen = pld.PLDAccountant(relation)
+    for mechanism in mechanisms:
+        event: Any = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
+        if mechanism.sampling_rate < 1:
+            event = dp_accounting.PoissonSampledDpEvent(mechanism.sampling_rate, event)
+        chosen.compose(event, mechanism.num_steps)
+    return float(chosen.get_epsilon(delta))
+
+
+def _rdp_ceiling(spent: Any, epsilon: float) -> float:
+    high = 1.0
+    while spent(high, "rdp") > epsilon:
+        high *= 2.0
+        if high > 1e8:
+            raise InputError(
+                f"Expected an epsilon that some noise multiplier below 1e8 reaches, got {epsilon}: raise epsilon."
+            )
+    return high
+
+
+def _bisect(spent: Any, epsilon: float, low: float, high: float) -> float:
+    """Returns a value in (low, high] with spent(value) <= epsilon, within 1 % of the smallest."""
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
+    return high
+
+
+def _secant(spent: Any, epsilon: float, start: float) -> float:
+    """Returns about where ``spent`` falls to ``epsilon``: the secant method on logarithms.
+
+    epsilon is nearly a power of the noise multiplier, so few evaluations (up to seconds each) suffice.
+    """
+
+    def gap(log_sigma: float) -> float:
+        return math.log(max(spent(math.exp(log_sigma)), 1e-12) / epsilon)
+
+    old, new = math.log(start), math.log(0.95 * start)
+    gap_old, gap_new = gap(old), gap(new)
+    for _ in range(20):
+        if abs(gap_new) < 3e-6 or gap_new == gap_old:
+            break
+        step = gap_new * (new - old) / (gap_new - gap_old)
+        old, gap_old, new = new, gap_new, new - min(max(step, -0.5), 0.5)
+        gap_new = gap(new)
+    return math.exp(new)
+
+
+def _round_up(value: float) -> float:
+    scale = 10.0 ** (NOISE_MULTIPLIER_DIGITS - 1 - math.floor(math.log10(value)))
+    return math.ceil(value * scale) / scale

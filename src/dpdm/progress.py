@@ -1,0 +1,44 @@
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from tqdm.auto import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """Counts to ``total`` on standard error; use as a context manager and call ``advance``.
+
+    Shows counts and time alone: nothing that is computed from private data passes through here.
+    """
+
+    def __init__(self, what: str, total: int, *, start: int = 0, unit: str = "it") -> None:
+        self.what, self.total, self.done, self.unit = what, total, start, unit
+        self._bar = tqdm(total=total, initial=start, desc=what, unit=unit) if sys.stderr.isatty() else None
+        self._last_line = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._print()
+
+    def _print(self) -> None:
+        self._last_line = time.monotonic()
+        print(f"{self.what}: {self.done} of {self.total} {self.unit}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print()
