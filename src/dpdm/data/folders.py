@@ -1,0 +1,230 @@
+"""A folder or a zip of images: class subfolders, or none; optionally under train/ and test/ (or val/)."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dpdm.data.archive import LABELS_NAME, MAX_MEMBER_BYTES, open_zip, parse_labels, read_member
+from dpdm.data.records import Split, list_names
+from dpdm.data.transforms import IMAGE_SUFFIXES
+from dpdm.errors import InputError
+
+TRAIN_FOLDER = "train"
+HOLDOUT_FOLDERS = ("test", "val", "validation")
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a folder or zip holds; paths are relative to it, with forward slashes.
+
+    Attributes:
+        where: the folder or zip, for messages.
+        images: files with an image's suffix, sorted.
+        folders: all folders but hidden ones.
+        others: everything else that was found.
+        read: content of a file. Raises InputError naming it.
+    """
+
+    where: str
+    images: list[str]
+    folders: set[str]
+    others: list[str]
+    read: Callable[[str], bytes]
+
+
+def folder_tree(root: Path) -> Tree:
+    """Lists a folder.
+
+    Raises:
+        InputError: if it cannot be listed, or naming all links to folders or to places outside of it. Such a
+            link would put images into the data set that are not in the folder the user means.
+    """
+    real_root = root.resolve()
+    images: list[str] = []
+    folders: set[str] = set()
+    others: list[str] = []
+    refused: list[str] = []
+    try:
+        for entry in _walk(real_root):
+            relative = Path(entry.path).relative_to(real_root).as_posix()
+            if _is_hidden(relative):
+                others.append(relative)
+            elif entry.is_symlink() and (entry.is_dir() or not Path(entry.path).resolve().is_relative_to(real_root)):
+                refused.append(relative)
+            elif entry.is_dir():
+                folders.add(relative)
+            elif entry.is_file() and relative.lower().endswith(IMAGE_SUFFIXES):
+                images.append(relative)
+            else:
+                others.append(relative)
+    except OSError as error:
+        raise InputError(f"Cannot list {root}: {error}.") from error
+    if refused:
+        raise InputError(
+            f"{root}: {len(refused)} links to folders or to outside: {list_names(sorted(refused))}: "
+            "replace each by a copy of what it points to."
+        )
+
+    def read(relative: str) -> bytes:
+        path = real_root / relative
+        try:
+            if path.stat().st_size > MAX_MEMBER_BYTES:
+                raise InputError(f"{relative}: {path.stat().st_size} bytes, expected at most {MAX_MEMBER_BYTES}")
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{relative}: cannot be read ({error.strerror})") from error
+
+    return Tree(str(root), sorted(images), folders, sorted(others), read)
+
+
+def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield entry
+            if entry.is_dir(follow_symlinks=False) and not _is_hidden(entry.name):
+                yield from _walk(Path(entry.path))
+
+
+def zip_tree(path: Path) -> Tree:
+    """Lists a zip; its members are only ever read in memory.
+
+    Raises:
+        InputError: if it is no zip, or naming all members with absolute, upward or backslash paths, or of
+            more than 256 MiB.
+    """
+    archive = open_zip(path)
+    infos = {info.filename.rstrip("/"): info for info in archive.infolist()}
+    odd = sorted(name for name in infos if name.startswith("/") or "\\" in name or ".." in name.split("/"))
+    if odd:
+        raise InputError(f"{path}: members with unusable paths: {list_names(odd)}: write the zip anew.")
+    large = sorted(name for name, info in infos.items() if info.file_size > MAX_MEMBER_BYTES)
+    if large:
+        raise InputError(f"{path}: members of more than {MAX_MEMBER_BYTES} bytes: {list_names(large)}")
+    files = sorted(name for name, info in infos.items() if not info.is_dir())
+    images = [name for name in files if not _is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES)]
+    others = sorted(set(files) - set(images))
+    parents = {str(parent) for name in infos for parent in _parents(name) if not _is_hidden(parent)}
+    folders = parents | {name for name, info in infos.items() if info.is_dir() and not _is_hidden(name)}
+
+    def read(name: str) -> bytes:
+        return read_member(archive, infos[name], name)
+
+    return _unwrap(Tree(str(path), images, folders, others, read))
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in relative.split("/"))
+
+
+def _unwrap(tree: Tree) -> Tree:
+    """Steps into the one folder that a zip program put around everything.
+
+    Only if that folder holds nothing but folders: with images of its own it may as well be the only class.
+    """
+    top = {name.split("/")[0] for name in tree.images}
+    if len(top) != 1 or any(name.count("/") < 2 for name in tree.images) or LABELS_NAME in tree.others:
+        return tree
+    prefix = f"{top.pop()}/"
+    _note(tree.where, f"everything is inside {prefix}, which is taken as the data set itself")
+    return replace(
+        tree,
+        where=f"{tree.where}/{prefix[:-1]}",
+        images=[name.removeprefix(prefix) for name in tree.images],
+        folders={name.removeprefix(prefix) for name in tree.folders if name.startswith(prefix)},
+        others=[name.removeprefix(prefix) for name in tree.others],
+        read=lambda name: tree.read(prefix + name),
+    )
+
+
+def tree_splits(tree: Tree) -> dict[str, Split]:
+    """Turns a tree into the split ``train`` and, if it brings one, ``holdout``.
+
+    With ``dataset.json`` at the top it is an archive with those labels. Otherwise a class is a top-level
+    folder (sorted by name, empty ones included), or a folder below train/ and test/ (or val/) where both
+    exist; images without any folder have no labels. What is no image is named in a note on standard error.
+
+    Raises:
+        InputError: if there are no images, or some are in class folders and some are not.
+    """
+    if LABELS_NAME in tree.others:
+        labels, class_names = parse_labels(tree.read(LABELS_NAME), tree.images, tree.where)
+        _note_skipped(tree, [name for name in tree.others if name != LABELS_NAME])
+        return {"train": Split(tree.images, lambda i: tree.read(tree.images[i]), labels, class_names)}
+    _note_skipped(tree, tree.others)
+    if not tree.images:
+        raise InputError(
+            f"Expected images in {tree.where}, found none: give files that end in {' '.join(IMAGE_SUFFIXES)}."
+        )
+    roots = _split_folders(tree)
+    classes = {root: _classes(tree, root) for root in roots.values()}
+    if len({found is None for found in classes.values()}) > 1:
+        raise InputError(f"{tree.where}: expected class folders in both or in none of {' and '.join(classes)}.")
+    union = sorted({name for found in classes.values() for name in found or ()})
+    class_names = None if None in classes.values() else union
+    return {split: _split(tree, root, class_names) for split, root in roots.items()}
+
+
+def _split_folders(tree: Tree) -> dict[str, str]:
+    """Maps split to path prefix: {"train": ""} or {"train": "train/", "holdout": "test/"}."""
+    top = {name for name in tree.folders if "/" not in name}
+    holdouts = [name for name in HOLDOUT_FOLDERS if name in top]
+    if TRAIN_FOLDER not in top or not (holdouts or len(top) == 1):
+        return {"train": ""}
+    others = sorted(top - {TRAIN_FOLDER, *holdouts[:1]})
+    others += [name for name in tree.images if "/" not in name]
+    if others:
+        raise InputError(
+            f"{tree.where}: expected nothing beside {' and '.join([TRAIN_FOLDER, *holdouts[:1]])}, "
+            f"found {list_names(others)}: move it elsewhere."
+        )
+    roots = {"train": f"{TRAIN_FOLDER}/"} | ({"holdout": f"{holdouts[0]}/"} if holdouts else {})
+    empty = [root for root in roots.values() if not any(name.startswith(root) for name in tree.images)]
+    if empty:
+        raise InputError(f"{tree.where}: expected images in {' and '.join(empty)}, found none.")
+    return roots
+
+
+def _classes(tree: Tree, root: str) -> set[str] | None:
+    """Returns the names of the class folders below ``root``, or None if the images lie there without."""
+    below = [name.removeprefix(root) for name in tree.images if name.startswith(root)]
+    loose = [name for name in below if "/" not in name]
+    if len(loose) == len(below):
+        return None
+    if loose:
+        raise InputError(
+            f"{tree.where}/{root}: {len(loose)} images are in no class folder while others are: "
+            f"{list_names(loose)}: move them into class folders."
+        )
+    folders = {name.removeprefix(root) for name in tree.folders if name.startswith(root)}
+    classes = {name for name in folders if "/" not in name}
+    empty = sorted(classes - {name.split("/")[0] for name in below})
+    if empty:
+        _note(f"{tree.where}/{root}".rstrip("/"), f"classes without images: {list_names(empty)}")
+    return classes
+
+
+def _split(tree: Tree, root: str, class_names: list[str] | None) -> Split:
+    names = [name for name in tree.images if name.startswith(root)]
+    labels = None
+    if class_names is not None:
+        index = {name: number for number, name in enumerate(class_names)}
+        labels = np.array([index[name.removeprefix(root).split("/")[0]] for name in names], np.int64)
+    return Split(names, lambda i: tree.read(names[i]), labels, class_names)
+
+
+def _note_skipped(tree: Tree, names: list[str]) -> None:
+    if names:
+        _note(tree.where, f"skipped {len(names)} that are no images: {list_names(names)}")
+
+
+def _note(where: str, text: str) -> None:
+    print(f"note: {where}: {text}", file=sys.stderr)

@@ -1,0 +1,209 @@
+import functools
+import io
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from dpdm.data.transforms import decode, fit, is_grey, open_image, parse_resolution, to_array
+from dpdm.errors import InputError
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def random_pixels(*shape: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+
+
+def pixels(content: bytes | NDArray[np.uint8], channels: int = 3) -> NDArray[np.int64]:
+    return to_array(decode("x", content, channels)).astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "grey"),
+    [
+        ("1", "PNG", True),
+        ("L", "PNG", True),
+        ("LA", "PNG", True),
+        ("I;16", "PNG", True),
+        ("I;16", "TIFF", True),
+        ("L", "JPEG", True),
+        ("L", "PPM", True),
+        ("P", "PNG", False),
+        ("RGB", "JPEG", False),
+        ("RGBA", "PNG", False),
+        ("CMYK", "JPEG", False),
+    ],
+)
+def test_grey_is_a_property_of_the_format(mode: str, kind: str, grey: bool) -> None:
+    content = encode(Image.new(mode, (4, 4)), kind)
+    assert is_grey("x", content) is grey
+    assert pixels(content, 1).shape == (1, 4, 4)
+    assert pixels(content, 3).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
+def test_grey_images_hold_the_same_values_in_both_renditions(mode: str) -> None:
+    values = random_pixels(6, 6)
+    image = Image.fromarray(values.astype(np.uint16) * 251) if mode == "I;16" else Image.fromarray(values).convert(mode)
+    content = encode(image)
+    grey, rgb = (fit(decode("x", content, channels), 4, None) for channels in (1, 3))
+    np.testing.assert_array_equal(np.repeat(to_array(grey), 3, axis=0), to_array(rgb))
+
+
+def test_arrays_are_grey_images() -> None:
+    values = random_pixels(4, 4)
+    assert is_grey("x", values)
+    np.testing.assert_array_equal(pixels(values, 1)[0], values)
+    np.testing.assert_array_equal(pixels(values, 3), np.stack([values] * 3))
+
+
+def test_rgb_keeps_its_pixels() -> None:
+    values = random_pixels(5, 7, 3)
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(values))), values.transpose(2, 0, 1))
+
+
+def test_16_bits_are_rounded_to_8() -> None:
+    values = np.array([[0, 1, 128, 129, 255], [256, 257, 32767, 65406, 65407], [65408, 65534, 65535, 40000, 7]])
+    expected = [[math.floor(v / 257 + 0.5) for v in row] for row in values.tolist()]
+    for kind in ("PNG", "TIFF"):
+        content = encode(Image.fromarray(values.astype(np.uint16)), kind)
+        np.testing.assert_array_equal(pixels(content, 1)[0], expected)
+
+
+def test_transparency_is_composited_on_black() -> None:
+    values = random_pixels(8, 8, 4)
+    values[0, :, 3], values[1, :, 3] = 0, 255
+    found = pixels(encode(Image.fromarray(values)))
+    expected = values[..., :3] * (values[..., 3:] / 255)
+    np.testing.assert_allclose(found.transpose(1, 2, 0), expected, atol=1)
+    assert not found[:, 0].any()
+    np.testing.assert_array_equal(found[:, 1].T, values[1, :, :3])
+    grey = np.ascontiguousarray(values[..., [0, 3]])
+    found = pixels(encode(Image.fromarray(grey)), 1)[0]
+    np.testing.assert_allclose(found, grey[..., 0] * (grey[..., 1] / 255), atol=1)
+
+
+def test_a_transparent_colour_becomes_black() -> None:
+    values = np.array([[10, 200, 10, 30]], np.uint8)
+    for image in (Image.fromarray(values), Image.fromarray(values.astype(np.uint16) * 257)):
+        transparent = 10 if image.mode == "L" else 2570
+        np.testing.assert_array_equal(pixels(encode(image, transparency=transparent), 1)[0], [[0, 200, 0, 30]])
+    palette = Image.fromarray(np.array([[0, 1, 2, 1]], np.uint8))
+    palette.putpalette([9, 8, 7, 50, 60, 70, 3, 2, 1])
+    found = pixels(encode(palette, transparency=1))
+    np.testing.assert_array_equal(found[:, 0].T, [[9, 8, 7], [0, 0, 0], [3, 2, 1], [0, 0, 0]])
+
+
+def test_palette_and_cmyk_become_rgb() -> None:
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8))
+    palette.putpalette([9, 8, 7, 50, 60, 70])
+    np.testing.assert_array_equal(pixels(encode(palette))[:, 0, 1], [50, 60, 70])
+    ink = np.full((8, 8, 4), [40, 90, 200, 60], np.uint8)
+    expected = [(255 - c) * (255 - 60) / 255 for c in (40, 90, 200)]
+    for kind in ("JPEG", "TIFF"):
+        found = pixels(encode(Image.frombytes("CMYK", (8, 8), ink.tobytes()), kind))
+        np.testing.assert_allclose(found[:, 4, 4], expected, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [  # EXIF 2.3, tag 0x0112: where the stored first row and first column belong
+        (1, [[1, 2, 3], [4, 5, 6]]),
+        (2, [[3, 2, 1], [6, 5, 4]]),
+        (3, [[6, 5, 4], [3, 2, 1]]),
+        (4, [[4, 5, 6], [1, 2, 3]]),
+        (5, [[1, 4], [2, 5], [3, 6]]),
+        (6, [[4, 1], [5, 2], [6, 3]]),
+        (7, [[6, 3], [5, 2], [4, 1]]),
+        (8, [[3, 6], [2, 5], [1, 4]]),
+    ],
+)
+def test_exif_orientation(orientation: int, expected: list[list[int]]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.array([[1, 2, 3], [4, 5, 6]], np.uint8))
+    assert pixels(encode(image, exif=exif), 1)[0].tolist() == expected
+
+
+@functools.cache
+def damaged() -> dict[str, bytes]:
+    photo = Image.fromarray(random_pixels(40, 40, 3))
+    frames = [Image.fromarray(frame) for frame in random_pixels(2, 4, 4)]  # two equal frames would be merged
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "cut png": encode(photo)[:900],
+        "cut jpeg": encode(photo, "JPEG")[:900],
+        "png header": encode(photo)[:20],
+        "gif": encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "apng": encode(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+        "pages": encode(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
+        "float": encode(Image.new("F", (4, 4)), "TIFF"),
+        "32 bit": encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"),
+        "bomb": encode(Image.new("1", (20000, 20000))),
+        "no width": b"P5 0 4 255\n",
+    }
+
+
+@pytest.mark.parametrize("kind", damaged())
+def test_what_cannot_be_used_is_named(kind: str) -> None:
+    with pytest.raises(InputError, match=r"^some/name\.png: ") as caught:
+        decode("some/name.png", damaged()[kind], 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_phone_photo_with_a_second_view_is_still() -> None:
+    first, second = (Image.fromarray(view) for view in random_pixels(2, 8, 8, 3))
+    content = encode(first, "MPO", save_all=True, append_images=[second])
+    assert open_image("x", content).format == "MPO"
+    assert pixels(content).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 6), (4, 9), (9, 4), (5, 8)])
+def test_center_crop_takes_the_central_square(height: int, width: int) -> None:
+    values = random_pixels(height, width)
+    side = min(height, width)
+    top, left = math.floor((height - side) / 2), math.floor((width - side) / 2)
+    found = np.asarray(fit(Image.fromarray(values), None, "center-crop"))
+    np.testing.assert_array_equal(found, values[top : top + side, left : left + side])
+
+
+def lanczos(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """Windowed-sinc resampling of the columns by its definition, one output at a time."""
+    scale = max(len(values) / size, 1.0)
+    rows = []
+    for position in range(size):
+        centre = (position + 0.5) * len(values) / size
+        offsets = (np.arange(len(values)) + 0.5 - centre) / scale
+        weights = np.where(np.abs(offsets) < 3, np.sinc(offsets) * np.sinc(offsets / 3), 0)
+        rows.append((weights[:, None] * values).sum(0) / weights.sum())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(40, 16), (37, 8), (8, 20)])
+def test_resizing_does_not_alias(size: int, resolution: int) -> None:
+    y, x = np.mgrid[:size, :size]
+    values = np.round(127 + 60 * np.sin(x * y / 9.0) + 50 * ((x + y) % 2)).astype(np.uint8)
+    found = np.asarray(fit(Image.fromarray(values), resolution, None)).astype(float)
+    expected = lanczos(lanczos(values.astype(float), resolution).T, resolution).T
+    np.testing.assert_allclose(found, np.clip(expected, 0, 255), atol=1.5)
+
+
+def test_an_oblong_image_is_left_to_the_caller() -> None:
+    assert fit(Image.new("L", (6, 4)), 2, None).size == (6, 4)
+    assert fit(Image.new("L", (6, 4)), 2, "center-crop").size == (2, 2)
+
+
+def test_parse_resolution() -> None:
+    assert [parse_resolution(text) for text in ("32x32", "64", " 28X28 ")] == [32, 64, 28]
+    for text in ("32x64", "", "0", "0x0", "-4", "32x", "a", "99999", "3.5", "٣"):
+        with pytest.raises(InputError, match="resolution"):
+            parse_resolution(text)

@@ -1,0 +1,266 @@
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpdm.diffusion.denoiser import Denoiser
+from dpdm.diffusion.sampling import (
+    SamplerConfig,
+    ddim,
+    dpm_solver_pp,
+    edm,
+    guided,
+    karras_sigmas,
+    sample,
+    to_uint8,
+)
+from dpdm.errors import InputError, RunError
+
+MEAN, STD = 0.3, 0.5
+Solver = Callable[..., Tensor]
+SOLVERS = [ddim, edm, dpm_solver_pp]
+
+
+def gaussian(x: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
+    """The exact denoiser of images whose pixels are independent N(MEAN, STD^2)."""
+    return MEAN + STD**2 / (STD**2 + sigma**2) * (x - MEAN)
+
+
+GAUSSIAN = cast(Denoiser, gaussian)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact_solution(x: Tensor, sigmas: Tensor) -> Tensor:
+    """The probability flow keeps (x - mean) / standard deviation; the solvers end by denoising once more."""
+    first, last = sigmas[0].item(), sigmas[-1].item()
+    ending = MEAN + (x - MEAN) * math.sqrt((STD**2 + last**2) / (STD**2 + first**2))
+    return gaussian(ending, last)
+
+
+def error(solver: Solver, num_steps: int) -> float:
+    sigmas = karras_sigmas(num_steps, 0.01, 20.0, 7.0)
+    x = 20.0 * normal(4, 1, 8, 8)
+    return (solver(GAUSSIAN, x, sigmas) - exact_solution(x, sigmas)).abs().max().item()
+
+
+@pytest.mark.parametrize(("solver", "order"), [(ddim, 1), (edm, 2), (dpm_solver_pp, 2)])
+def test_solvers_converge_to_the_closed_form_with_their_order(solver: Solver, order: int) -> None:
+    coarse, fine = error(solver, 80), error(solver, 160)
+    assert fine < (0.05 if order == 1 else 2e-3)
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+def test_multistep_solver_extrapolates_to_the_middle_of_the_step() -> None:
+    # d(x / sigma) / d lambda = exp(lambda) D with lambda = -ln(sigma), D frozen at its value in the middle of a step as
+    # the line through the last two calls gives it (the order of convergence alone does not show a wrong slope).
+    s0, s1, s2 = 8.0, 4.0, 0.5
+    x0 = normal(1, 1, 2, 2)
+    d0 = gaussian(x0, s0)
+    x1 = s1 * (x0 / s0 + (1 / s1 - 1 / s0) * d0)
+    d1 = gaussian(x1, s1)
+    middle = d1 + (d1 - d0) / math.log(s0 / s1) * math.log(s1 / s2) / 2
+    x2 = s2 * (x1 / s1 + (1 / s2 - 1 / s1) * middle)
+    images = dpm_solver_pp(GAUSSIAN, x0, torch.tensor([s0, s1, s2], dtype=torch.float64))
+    torch.testing.assert_close(images, gaussian(x2, s2))
+
+
+@pytest.mark.parametrize(
+    ("solver", "settings"),
+    [(ddim, {"stochastic": True}), (edm, {"s_churn": 30.0}), (edm, {"s_churn": 1e9, "max_gamma": 0.2})],
+)
+def test_stochastic_solvers_draw_from_the_gaussian(solver: Solver, settings: dict[str, Any]) -> None:
+    sigmas = karras_sigmas(150, 0.01, 20.0, 7.0)
+    generator = torch.Generator().manual_seed(3)
+
+    def noise() -> Tensor:
+        return torch.randn(200, 1, 8, 8, generator=generator, dtype=torch.float64)
+
+    x = 20.0 * noise()
+    images = solver(GAUSSIAN, x, sigmas, noise=noise, **settings)
+    assert images.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert images.std().item() == pytest.approx(STD, rel=0.04)
+    # Fresh noise came in: the image is no longer what its first noise decides.
+    flow = exact_solution(x, sigmas)
+    assert torch.corrcoef(torch.stack([images.flatten(), flow.flatten()]))[0, 1].item() < 0.9
+
+
+def test_churn_stays_between_its_limits() -> None:
+    seen: list[float] = []
+
+    def spy(x: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
+        seen.append(sigma)
+        return gaussian(x, sigma)
+
+    sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+    x = normal(1, 1, 2, 2)
+    fresh = normal(1, 1, 2, 2, seed=1)
+    edm(cast(Denoiser, spy), x, sigmas, s_churn=2.0, s_min=2.0, s_max=4.0, noise=lambda: fresh)
+    # Predictor at sigma (1 + gamma), corrector at the next sigma; gamma = 2 / 4 inside the limits.
+    assert seen == [8.0, 4.0, 6.0, 2.0, 3.0, 1.0, 1.0]
+
+
+def test_number_of_denoiser_calls() -> None:
+    calls = 0
+
+    def count(x: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return gaussian(x, sigma)
+
+    for solver, expected in ((ddim, 6), (dpm_solver_pp, 6), (edm, 11)):
+        calls = 0
+        solver(cast(Denoiser, count), normal(1, 1, 2, 2), karras_sigmas(6, 0.002, 80.0, 7.0))
+        assert calls == expected
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_noise_level_is_one_denoising(solver: Solver) -> None:
+    x = normal(2, 1, 4, 4)
+    assert torch.equal(solver(GAUSSIAN, x, torch.tensor([3.0])), gaussian(x, 3.0))
+
+
+def test_guidance() -> None:
+    batches: list[int] = []
+
+    class Labelled:
+        network = SimpleNamespace(num_classes=7)
+
+        def __call__(self, x: Tensor, sigma: float, labels: Tensor) -> Tensor:
+            batches.append(len(x))
+            return x + 10.0 * labels[:, None, None, None]
+
+    denoiser = cast(Denoiser, Labelled())
+    x, labels = normal(2, 1, 2, 2), torch.tensor([1, 4])
+    expected = x + (1.5 * 10 * labels - 0.5 * 70)[:, None, None, None]
+    torch.testing.assert_close(guided(denoiser, x, 1.0, labels, 0.5), expected)
+    torch.testing.assert_close(guided(denoiser, x, 1.0, labels, 0.0), x + 10 * labels[:, None, None, None])
+    assert batches == [2, 2, 2]
+    with pytest.raises(InputError, match="guidance_scale=0"):
+        guided(denoiser, x, 1.0, None, 0.5)
+
+
+def test_karras_sigmas() -> None:
+    sigmas = karras_sigmas(50, 0.002, 80.0, 7.0)
+    assert sigmas.dtype == torch.float32
+    assert sigmas[[0, -1]].tolist() == pytest.approx([80.0, 0.002], rel=1e-6)
+    root = 80 ** (1 / 7) + 13 / 49 * (0.002 ** (1 / 7) - 80 ** (1 / 7))
+    assert sigmas[13].item() == pytest.approx(root**7, rel=1e-6)
+    assert karras_sigmas(5, 1.0, 3.0, 1.0).tolist() == pytest.approx([3.0, 2.5, 2.0, 1.5, 1.0])
+    assert karras_sigmas(1, 1.0, 3.0, 7.0).tolist() == pytest.approx([3.0])
+
+
+def draw(denoiser: Denoiser, config: SamplerConfig, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+    return sample(
+        denoiser,
+        config,
+        seed=5,
+        indices=indices,
+        num_classes=3,
+        resolution=8,
+        num_channels=1,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplerConfig(num_steps=8, guidance_scale=0.5),
+        SamplerConfig(num_steps=8, stochastic=True),
+        SamplerConfig(type="edm", num_steps=8, s_churn=4.0),
+        SamplerConfig(type="dpm_solver_pp", num_steps=8),
+    ],
+)
+def test_an_image_does_not_depend_on_its_batch(small_denoiser: Denoiser, config: SamplerConfig) -> None:
+    images, labels = draw(small_denoiser, config, list(range(7)))
+    alone, label = draw(small_denoiser, config, [4])
+    assert labels is not None
+    assert label is not None
+    assert (images[4].int() - alone[0].int()).abs().max() <= 1
+    assert labels[4] == label[0]
+    # ... and is not simply the same everywhere.
+    assert (images[3].int() - alone[0].int()).abs().max() > 10
+
+
+def test_sample_gives_images_and_labels_of_the_wanted_form(small_denoiser: Denoiser) -> None:
+    small_denoiser.train()
+    images, labels = draw(small_denoiser, SamplerConfig(num_steps=2, labels=2), [0, 1])
+    assert images.shape == (2, 1, 8, 8)
+    assert images.dtype == torch.uint8
+    assert labels is not None
+    assert labels.tolist() == [2, 2]
+    assert small_denoiser.training
+    _, random = draw(small_denoiser, SamplerConfig(num_steps=1, labels=3), list(range(60)))
+    _, same = draw(small_denoiser, SamplerConfig(num_steps=1), list(range(60)))
+    assert random is not None
+    assert same is not None
+    assert torch.equal(random, same)
+    assert set(random.tolist()) == {0, 1, 2}
+    with pytest.raises(InputError, match=r"sampler\.labels"):
+        draw(small_denoiser, SamplerConfig(labels=4), [0])
+
+
+def test_sample_of_an_unconditional_model_and_of_a_broken_one(small_denoiser: Denoiser) -> None:
+    config = SamplerConfig(num_steps=2)
+    size: dict[str, Any] = {"num_classes": 0, "resolution": 8, "num_channels": 1, "device": "cpu"}
+    assert sample(small_denoiser, config, seed=0, indices=[0], **size)[1] is None
+    torch.nn.init.constant_(small_denoiser.network.conv_out.weight, math.nan)
+    with pytest.raises(RunError, match="finite"):
+        sample(small_denoiser, config, seed=0, indices=[0], **size)
+
+
+def test_to_uint8_rounds_and_cuts_off() -> None:
+    levels = torch.arange(256)
+    assert torch.equal(to_uint8(levels / 127.5 - 1).int(), levels.int())
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("sigmas", [[], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [math.inf, 1.0], [math.nan]])
+def test_bad_schedules_are_refused(solver: Solver, sigmas: list[float]) -> None:
+    with pytest.raises(InputError, match="sigmas"):
+        solver(GAUSSIAN, normal(1, 1, 2, 2), torch.tensor(sigmas))
+
+
+def test_missing_noise_is_refused() -> None:
+    x, sigmas = normal(1, 1, 2, 2), karras_sigmas(3, 0.1, 1.0, 7.0)
+    with pytest.raises(InputError, match="noise"):
+        ddim(GAUSSIAN, x, sigmas, stochastic=True)
+    with pytest.raises(InputError, match="noise"):
+        edm(GAUSSIAN, x, sigmas, s_churn=1.0)
+    with pytest.raises(InputError, match="s_churn"):
+        edm(GAUSSIAN, x, sigmas, s_churn=-1.0)
+    with pytest.raises(InputError, match="num_steps"):
+        karras_sigmas(0, 0.1, 1.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"type": "heun"},
+        {"output": "tar"},
+        {"num_steps": 0},
+        {"num_images": 0},
+        {"batch_size": 0},
+        {"labels": -1},
+        {"sigma_min": 0.0},
+        {"sigma_max": 0.001},
+        {"rho": 0.0},
+        {"guidance_scale": math.nan},
+        {"s_churn": -1.0, "type": "edm"},
+        {"s_min": 2.0, "s_max": 1.0},
+        {"s_noise": -1.0},
+        {"stochastic": True, "type": "edm"},
+        {"s_churn": 1.0, "type": "ddim"},
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=rf"sampler\.{next(iter(settings))}"):
+        SamplerConfig(**settings)
