@@ -1,0 +1,122 @@
+"""What has been bought from the data: an append-only file, written and synced before each purchase.
+
+One JSON object a line. Each holds the SHA-256 of the line before it, so that a changed, removed or reordered line is
+noticed (a consistent rollback of the whole folder cannot be). Imports no torch.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from dpdm.errors import RunError
+from dpdm.files import fsync
+from dpdm.privacy.accounting import Mechanism
+
+GENESIS = "0" * 64
+
+
+class Ledger:
+    """The purchases of one run, on one data set.
+
+    Guarantee: when ``reserve`` returns, the purchase is on the disk. So randomness drawn afterwards is always accounted
+    for, whenever the process dies. A step that is replayed with the same identity uses the same randomness on the same
+    inputs: the same release, which is free. Whatever differs has another identity and is charged.
+
+    Attributes:
+        path: of the file.
+        header: what the purchases are about: data fingerprint, dataset_size, budget; private.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens an existing ledger.
+
+        Raises:
+            RunError: if it is missing or damaged.
+        """
+        self.path = path
+        self._identities: set[str] = set()
+        self._counts: Counter[tuple[str, float, float]] = Counter()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise RunError(f"Expected a ledger at {path}, found none: without it what was spent is unknown.") from None
+        lines = content.split(b"\n")
+        # A last line without its end was being written when the process died: its reservation had not returned, so
+        # nothing was drawn for it.
+        torn = lines.pop()
+        self._last = GENESIS
+        for number, line in enumerate(lines, start=1):
+            self._read(line, number)
+        if not lines:
+            raise RunError(f"Expected ledger {path} to begin with a header, found none: it is damaged.")
+        if torn:
+            with path.open("r+b") as file:
+                file.truncate(len(content) - len(torn))
+                os.fsync(file.fileno())
+
+    @classmethod
+    def create(cls, path: Path, header: dict[str, Any]) -> "Ledger":
+        """Starts a ledger; the file must not exist."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"previous": GENESIS, "header": header}, sort_keys=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fsync(path.parent)
+        return cls(path)
+
+    def reserve(self, mechanism: Mechanism, identity: str) -> bool:
+        """Charges one use of ``mechanism``, unless this very use was charged before; returns whether it was charged.
+
+        Args:
+            mechanism: what is bought; its ``num_steps`` must be 1.
+            identity: of everything that the outcome depends on, randomness included.
+        """
+        if mechanism.num_steps != 1:
+            raise ValueError(f"Expected a purchase of one step, got {mechanism.num_steps}.")
+        if identity in self._identities:
+            return False
+        entry = {"previous": self._last, "spend": mechanism.as_dict(), "identity": identity}
+        line = json.dumps(entry, sort_keys=True).encode() + b"\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            if os.write(descriptor, line) != len(line):
+                raise RunError(f"Expected to write {len(line)} bytes to {self.path}: the disk is full.")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._read(line[:-1], number=-1)
+        return True
+
+    def spent(self, name: str) -> int:
+        """Returns how many uses of the mechanism called ``name`` were charged."""
+        return sum(count for (mechanism, _, _), count in self._counts.items() if mechanism == name)
+
+    def was_charged(self, identity: str) -> bool:
+        return identity in self._identities
+
+    def mechanisms(self) -> list[Mechanism]:
+        """Returns everything that was charged, for the accountant."""
+        return [Mechanism(*key, num_steps=count) for key, count in self._counts.items()]
+
+    def _read(self, line: bytes, number: int) -> None:
+        try:
+            entry = json.loads(line)
+            if entry["previous"] != self._last:
+                raise ValueError("its chain of hashes is broken")
+            if self._last == GENESIS:
+                self.header: dict[str, Any] = entry["header"]
+            else:
+                spend = Mechanism(**entry["spend"])
+                self._identities.add(entry["identity"])
+                self._counts[spend.name, spend.sampling_rate, spend.noise_multiplier] += spend.num_steps
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"Expected ledger {self.path} to be whole, line {number} is damaged ({error}): "
+                "what was spent is unknown, so the run cannot go on; start a new one."
+            ) from None
+        self._last = hashlib.sha256(line).hexdigest()

@@ -1,0 +1,204 @@
+"""One private step against a one-by-one loop, its sensitivity, and its noise."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dpdm.errors import InputError
+from dpdm.privacy.dpsgd import DPConfig, clip_and_sum, per_example_gradients, private_gradient
+from dpdm.privacy.noise import derive_key
+
+KEY = bytes(32)
+
+
+def problem(poison: float | None = None) -> tuple[dict[str, Tensor], Callable[[np.ndarray], Tensor]]:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 1, 3))
+    images = torch.randn(12, 1, 5, 5)
+    brightness = torch.linspace(0.1, 3, 12)
+    if poison is not None:
+        images[3, 0, 2, 2] = poison
+
+    def loss(records: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(records)
+        return brightness[rows] * network(images[rows]).square().mean((1, 2, 3))
+
+    return dict(network.named_parameters()), loss
+
+
+def step(batch: list[int], *, sigma: float = 1e-12, physical: int = 4, clip: float = 1.0, key: bytes = KEY, expected=6):
+    parameters, loss = problem()
+    return private_gradient(
+        parameters,
+        loss,
+        np.array(batch, dtype=np.int64),
+        clipping_norm=clip,
+        noise_multiplier=sigma,
+        expected_batch_size=expected,
+        physical_batch_size=physical,
+        noise_key=key,
+    )
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors]).double()
+
+
+def loop_sum(batch: list[int], clip: float) -> Tensor:
+    parameters, loss = problem()
+    total = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.float64)
+    for record in batch:
+        grads = torch.autograd.grad(loss(np.array([record]))[0], list(parameters.values()))
+        gradient = flat(list(grads))
+        total += gradient * min(1.0, clip / float(gradient.norm()))
+    return total
+
+
+@pytest.mark.parametrize("physical", [1, 3, 12])
+def test_clipped_mean_against_a_loop(physical: int) -> None:
+    batch = [0, 2, 3, 7, 8, 11]
+    ours = flat(step(batch, physical=physical).gradients) * 6
+    expected = loop_sum(batch, 1.0)
+    assert float((ours - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_some_examples_are_clipped_and_some_are_not() -> None:
+    # Otherwise the tests of this file would not see how clipping is done.
+    result = step(list(range(12)), clip=1.0)
+    assert 0 < result.clip_fraction < 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.lists(st.integers(0, 11), unique=True, max_size=12),
+    record=st.integers(0, 11),
+    clip=st.sampled_from([1e-3, 0.5, 1.0, 100.0]),
+    physical=st.sampled_from([1, 2, 5, 12]),
+)
+def test_one_record_moves_the_sum_by_at_most_the_clipping_norm(
+    batch: list[int], record: int, clip: float, physical: int
+) -> None:
+    without = sorted(set(batch) - {record})
+    with_it = sorted({*batch, record})
+    parameters, loss = problem()
+
+    def total(records: list[int]) -> Tensor:
+        sums = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.float64)
+        for start in range(0, len(records), physical):
+            _, grads = per_example_gradients(parameters, loss, np.array(records[start : start + physical]))
+            sums += flat(clip_and_sum(grads, clip)[0])
+        return sums
+
+    assert float((total(with_it) - total(without)).norm()) <= clip
+
+
+def test_clipping_is_over_all_parameters_of_one_example() -> None:
+    grads = [torch.full((3, 4), 10.0), torch.full((3, 2, 2), 10.0)]
+    sums, norms = clip_and_sum(grads, 1.0)
+    assert norms.tolist() == pytest.approx([math.sqrt(800)] * 3)
+    # All three agree, so three clipped gradients add up to norm 3: neither per layer (3 sqrt 2) nor per batch (1).
+    assert float(flat(sums).norm()) == pytest.approx(3.0, rel=1e-5)
+
+
+def test_the_norm_bound_holds_exactly_in_float32() -> None:
+    torch.manual_seed(0)
+    for scale in (1e-20, 1.0, 1e18):
+        grads = [torch.randn(8, 10_000) * scale, torch.randn(8, 3, 3) * scale]
+        for row in range(8):
+            sums, _ = clip_and_sum([g[row : row + 1].clone() for g in grads], 1.0)
+            assert float(flat(sums).norm()) <= 1.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_gradient_that_is_not_finite_contributes_zero(bad: float) -> None:
+    good = torch.ones(3, 4)
+    grads = good.clone()
+    grads[1, 2] = bad
+    sums, norms = clip_and_sum([grads], 1.0)
+    if math.isinf(bad) or math.isnan(bad):
+        assert float(sums[0].norm()) == pytest.approx(2.0, rel=1e-5)
+        assert not torch.isfinite(norms[1])
+    else:
+        assert float(sums[0].norm()) <= 3.0
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_record_that_is_not_finite_leaves_the_step_intact(poison: float) -> None:
+    parameters, loss = problem()
+    arguments = {
+        "clipping_norm": 1.0,
+        "noise_multiplier": 1e-12,
+        "expected_batch_size": 6,
+        "physical_batch_size": 4,
+        "noise_key": KEY,
+    }
+    parameters_with_it, poisoned = problem(poison)
+    with_it = private_gradient(parameters_with_it, poisoned, np.array([1, 3, 5]), **arguments)
+    without = private_gradient(parameters, loss, np.array([1, 5]), **arguments)
+    assert with_it.num_nonfinite == 1
+    assert torch.allclose(flat(with_it.gradients), flat(without.gradients), atol=1e-7)
+
+
+def test_noise_is_added_once_with_the_right_variance_whatever_the_split() -> None:
+    for batch, physical in (([], 4), (list(range(12)), 1), (list(range(12)), 12)):
+        clean = flat(step(batch, physical=physical, clip=0.5).gradients)
+        noisy = torch.stack(
+            [
+                flat(step(batch, sigma=2.0, physical=physical, clip=0.5, key=derive_key(KEY, i)).gradients) - clean
+                for i in range(60)
+            ]
+        )
+        # noise_multiplier * C / expected batch size = 2 * 0.5 / 6
+        assert float(noisy.std()) == pytest.approx(1 / 6, rel=5 / math.sqrt(2 * noisy.numel()))
+        assert float(noisy.mean().abs()) < 5 / 6 / math.sqrt(noisy.numel())
+
+
+def test_noise_is_independent_between_parameters_and_steps() -> None:
+    first, second = (flat(step([], sigma=1.0, key=derive_key(KEY, i)).gradients) for i in range(2))
+    assert len(set(first.tolist())) == len(first)
+    assert not set(first.tolist()) & set(second.tolist())
+
+
+def test_the_divisor_is_the_expected_batch_size() -> None:
+    small = flat(step([1, 2], expected=6).gradients)
+    assert torch.allclose(small * 6, flat(step([1, 2], expected=60).gradients) * 60, rtol=1e-5)
+
+
+def test_an_empty_batch_is_a_step_of_pure_noise() -> None:
+    result = step([], sigma=1.0)
+    assert result.batch_size == 0
+    assert math.isnan(result.mean_loss)
+    assert float(flat(result.gradients).norm()) > 0
+
+
+def test_a_batch_beyond_the_rounding_analysis_is_refused() -> None:
+    with pytest.raises(InputError, match="47000"):
+        step([0] * 47_001)
+
+
+def test_a_loss_per_draw_is_refused() -> None:
+    parameters, loss = problem()
+    with pytest.raises(ValueError, match="one loss for each of 2 examples"):
+        per_example_gradients(parameters, lambda records: loss(np.repeat(records, 2)), np.array([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epsilon": 0.0},
+        {"epsilon": -1.0},
+        {"noise_multiplier": 0.0},
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"clipping_norm": 0},
+    ],
+)
+def test_config_names_the_wrong_key(values: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=f"dp.{next(iter(values))}"):
+        DPConfig(**values)  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from dpdm.errors import RunError
+from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.ledger import Ledger
+
+STEP = Mechanism("DP-SGD", 0.25, 1.9, 1)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger.create(tmp_path / "ledger.jsonl", {"dataset_size": 100})
+
+
+def test_purchases_are_on_disk_when_reserve_returns(ledger: Ledger) -> None:
+    assert ledger.reserve(STEP, "a")
+    again = Ledger(ledger.path)
+    assert again.mechanisms() == [STEP]
+    assert again.header == {"dataset_size": 100}
+    assert again.was_charged("a")
+
+
+def test_only_an_identical_step_is_free(ledger: Ledger) -> None:
+    assert ledger.reserve(STEP, "a")
+    assert not Ledger(ledger.path).reserve(STEP, "a")
+    assert ledger.reserve(STEP, "b")
+    assert ledger.spent("DP-SGD") == 2
+    assert ledger.spent("central images") == 0
+
+
+def test_mechanisms_with_different_parameters_are_kept_apart(ledger: Ledger) -> None:
+    ledger.reserve(STEP, "a")
+    ledger.reserve(Mechanism("DP-SGD", 0.25, 1.5, 1), "b")
+    ledger.reserve(Mechanism("central images", 1.0, 5.0, 1), "c")
+    assert {(m.name, m.noise_multiplier, m.num_steps) for m in Ledger(ledger.path).mechanisms()} == {
+        ("DP-SGD", 1.9, 1),
+        ("DP-SGD", 1.5, 1),
+        ("central images", 5.0, 1),
+    }
+
+
+def test_a_reservation_that_was_being_written_is_dropped(ledger: Ledger) -> None:
+    ledger.reserve(STEP, "a")
+    whole = ledger.path.read_bytes()
+    ledger.reserve(STEP, "b")
+    full = ledger.path.read_bytes()
+    for cut in range(len(whole), len(full)):
+        ledger.path.write_bytes(full[:cut])
+        assert Ledger(ledger.path).spent("DP-SGD") == 1
+        assert ledger.path.read_bytes() == whole
+    ledger.path.write_bytes(full)
+    assert Ledger(ledger.path).spent("DP-SGD") == 2
+
+
+def test_a_changed_removed_or_reordered_line_is_noticed(ledger: Ledger) -> None:
+    for name in "abc":
+        ledger.reserve(STEP, name)
+    lines = ledger.path.read_bytes().splitlines(keepends=True)
+    damaged = [
+        lines[0] + lines[2] + lines[3],
+        lines[0] + lines[2] + lines[1] + lines[3],
+        lines[0] + lines[1].replace(b"1.9", b"9.9") + lines[2],
+        lines[1] + lines[2],
+        b"",
+        b"not json\n",
+    ]
+    for content in damaged:
+        ledger.path.write_bytes(content)
+        with pytest.raises(RunError, match="ledger"):
+            Ledger(ledger.path)
+
+
+def test_a_missing_ledger_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="unknown"):
+        Ledger(tmp_path / "ledger.jsonl")
+
+
+def test_a_ledger_is_never_started_over(ledger: Ledger) -> None:
+    with pytest.raises(FileExistsError):
+        Ledger.create(ledger.path, {})
