@@ -1,0 +1,92 @@
+"""The private training state: one safetensors file, replaced as a whole.
+
+It holds weights, their average, Adam's moments, the private curves and the state's facts. No pickles. It never leaves
+``private/``: what may is made by ``release.py``.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpdm.errors import RunError
+from dpdm.files import atomic_path
+
+
+@dataclass
+class TrainState:
+    """Everything that a resumed run needs to go on exactly where it was.
+
+    Attributes:
+        parameters: raw network weights, by name; updated in place.
+        ema: their moving average.
+        exp_avg, exp_avg_sq: Adam's moments.
+        step: weight updates of DP-SGD so far.
+        warmup: the average's weights after the warm-up; empty without one.
+        curves: per-step private figures, each (step,) float64.
+    """
+
+    parameters: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    step: int = 0
+    warmup: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Returns a SHA-256 of all that the next update depends on: weights, moments, step."""
+        sha = hashlib.sha256(str(self.step).encode())
+        for group in (self.parameters, self.exp_avg, self.exp_avg_sq):
+            for name, tensor in sorted(group.items()):
+                sha.update(name.encode())
+                sha.update(tensor.detach().cpu().contiguous().numpy().data)
+        return sha.hexdigest()
+
+
+GROUPS = ("parameters", "ema", "exp_avg", "exp_avg_sq", "warmup")
+
+
+def save(path: Path, state: TrainState, facts: dict[str, Any]) -> None:
+    """Writes the state and JSON-able ``facts`` to ``path``, atomically."""
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group in GROUPS
+        for name, tensor in getattr(state, group).items()
+    }
+    for name, values in state.curves.items():
+        tensors[f"curves/{name}"] = torch.tensor(values, dtype=torch.float64)
+    metadata = {"step": str(state.step), "facts": json.dumps(facts), "digest": state.digest()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load(path: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Returns a saved state, on the CPU, and its facts.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    groups: dict[str, dict[str, Any]] = {group: {} for group in (*GROUPS, "curves")}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            for key in file.keys():  # noqa: SIM118  # not a dict
+                group, _, name = key.partition("/")
+                groups[group][name] = file.get_tensor(key)
+        curves = {name: values.tolist() for name, values in groups.pop("curves").items()}
+        state = TrainState(**groups, step=int(metadata["step"]), curves=curves)
+        facts = json.loads(metadata["facts"])
+        if state.digest() != metadata["digest"]:
+            raise ValueError("its digest differs")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"Expected a whole checkpoint at {path}, could not read it ({error}): start a new run."
+        ) from None
+    return state, facts

@@ -1,0 +1,321 @@
+"""The root config, made of the dataclasses of those who use them, and its loading from files and overrides.
+
+Later files win over earlier ones, ``key=value`` overrides over files. Every key is known and typed; a misspelt one is
+an error that names the nearest.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpdm.data.archive import ImageArchive
+from dpdm.diffusion.denoiser import Denoiser, DenoiserKind
+from dpdm.diffusion.loss import LossConfig
+from dpdm.diffusion.sampling import SamplerConfig
+from dpdm.diffusion.unet import NetworkConfig, UNet
+from dpdm.errors import InputError
+from dpdm.files import write_text
+from dpdm.privacy.central import WarmupConfig
+from dpdm.privacy.dpsgd import DPConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images.
+
+    Attributes:
+        path: a prepared archive, or a source that ``dpdm prepare`` takes (it is then prepared into the workdir).
+        name: what to call them in reports; public.
+        resolution, num_channels, num_classes: checked against the data where given; public facts. num_classes 0
+            trains an unconditional model, whatever labels there are.
+        class_names: filled in from the data; public.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    resolution: int | None = None
+    num_channels: int | None = None
+    num_classes: int | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Attributes:
+    denoiser: preconditioning.
+    ema_rate: of the weights' moving average, which is what is released.
+    ckpt: release folder or weights file to sample from.
+    network: size of the network.
+    """
+
+    denoiser: DenoiserKind = "edm"
+    ema_rate: float = 0.999
+    ckpt: str | None = None
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_rate < 1:
+            raise InputError(f"Expected 0 <= model.ema_rate < 1, got {self.ema_rate}.")
+        if self.denoiser not in get_args(DenoiserKind):
+            raise InputError(
+                f"Expected model.denoiser to be one of {list(get_args(DenoiserKind))}, got {self.denoiser!r}."
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam's keys.
+
+    Attributes:
+        learning_rate: at the start.
+        weight_decay: L2 penalty, added to the private gradient.
+        schedule: constant, or linear: from half-way on falling to 0.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "linear"] = "constant"
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InputError(f"Expected a finite optim.learning_rate > 0, got {self.learning_rate}.")
+        if not self.weight_decay >= 0:
+            raise InputError(f"Expected optim.weight_decay >= 0, got {self.weight_decay}.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long and in what pieces to train.
+
+    Attributes:
+        expected_batch_size: q N.
+        num_epochs: passes over the data, floor(num_epochs / q) steps, unless
+        num_iterations: steps; overrides num_epochs, for calibration and running alike.
+        physical_batch_size: most examples in one forward pass; None: by a rule from the network's size.
+        n_splits: cuts the physical batch to at most expected_batch_size / n_splits.
+        checkpoint_every: steps between checkpoints.
+        seed: of the initial weights and the warm-up's training, never of privacy.
+        warmup: on central images.
+    """
+
+    expected_batch_size: int = 256
+    num_epochs: float | None = None
+    num_iterations: int | None = None
+    physical_batch_size: int | None = None
+    n_splits: int = 1
+    checkpoint_every: int = 50
+    seed: int = 0
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "expected_batch_size",
+            "num_epochs",
+            "num_iterations",
+            "physical_batch_size",
+            "n_splits",
+            "checkpoint_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"Expected train.{name} > 0, got {value}.")
+
+
+@dataclass(frozen=True)
+class SetupConfig:
+    """Attributes:
+    device: auto takes a GPU if there is one.
+    num_threads: of the CPU; None: all cores.
+    """
+
+    device: str = "auto"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InputError(f"Expected setup.num_threads >= 1, got {self.num_threads}.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All keys; the defaults are those of the dataclasses."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    dp: DPConfig = field(default_factory=DPConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    setup: SetupConfig = field(default_factory=SetupConfig)
+
+
+def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+    """Returns the config of YAML ``files``, merged in order, then ``key.subkey=value`` overrides.
+
+    Raises:
+        InputError: for a file that cannot be read, an unknown key, a wrong type or a value out of range.
+    """
+    config = OmegaConf.structured(Config)
+    _make_writable(config)
+    for file in files:
+        config = _merge(config, _read_yaml(Path(file)), str(file))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"Expected an override of the form key=value, got {override!r}.")
+        try:
+            change = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise InputError(f"Expected a YAML value for {key}, got {value!r} ({_first_line(error)}).") from None
+        config = _merge(config, change, "the command line")
+    try:
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise InputError(_first_line(error)) from None
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def save(config: Config, path: Path) -> None:
+    write_text(path, to_yaml(config))
+
+
+def fingerprint(*parts: Any) -> str:
+    """Returns a SHA-256 hex digest of config parts (dataclasses or plain values)."""
+    plain = [_plain(asdict(part)) if is_dataclass(part) and not isinstance(part, type) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def resolve(config: Config, archive: ImageArchive) -> Config:
+    """Returns ``config`` with the public facts of the data filled in.
+
+    Raises:
+        InputError: if the config and the data disagree.
+    """
+    data, found = config.data, {}
+    for name in ("resolution", "num_channels"):
+        found[name] = getattr(archive, name)
+        if getattr(data, name) not in (None, found[name]):
+            raise InputError(f"Expected data.{name}={getattr(data, name)}, got {found[name]} in {archive.path}.")
+    num_classes = archive.num_classes if data.num_classes is None else data.num_classes
+    if num_classes and archive.labels is None:
+        raise InputError(
+            f"Expected labels for data.num_classes={num_classes}, got none in {archive.path}: sort the images into one "
+            "folder per class, or set data.num_classes=0."
+        )
+    if num_classes not in (0, archive.num_classes):
+        raise InputError(f"Expected data.num_classes={num_classes}, got {archive.num_classes} in {archive.path}.")
+    names = tuple(archive.class_names or ()) if num_classes else ()
+    data = replace(data, **found, num_classes=num_classes, class_names=names)
+    return replace(config, data=data)
+
+
+def build_denoiser(config: Config) -> Denoiser:
+    """Returns a freshly initialised denoiser for a config whose data facts are filled in (see ``resolve``)."""
+    data, loss = config.data, config.loss
+    if data.resolution is None or data.num_channels is None or data.num_classes is None:
+        raise InputError("Expected data.resolution, data.num_channels and data.num_classes, got null: give all three.")
+    network = UNet(
+        config.model.network,
+        resolution=data.resolution,
+        num_channels=data.num_channels,
+        num_classes=data.num_classes,
+        generator=torch.Generator().manual_seed(config.train.seed),
+    )
+    return Denoiser(
+        network, config.model.denoiser, sigma_data=loss.sigma_data, beta_min=loss.beta_min, beta_d=loss.beta_d
+    )
+
+
+def _merge(config: Any, change: Any, where: str) -> Any:
+    for key in _leaves(change):
+        if key not in KNOWN_KEYS and not any(known.startswith(f"{key}.") for known in KNOWN_KEYS):
+            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1) or _same_last_part(key)
+            hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md."
+            raise InputError(f"Expected a known key in {where}, got {key}: {hint}")
+    try:
+        return OmegaConf.merge(config, change)
+    except OmegaConfBaseException as error:
+        value = OmegaConf.select(change, error.full_key) if error.full_key else None
+        key = error.full_key or "a section"
+        raise InputError(
+            f"Expected {where} to give {key} a fitting value, got {value!r}: {_first_line(error)}"
+        ) from None
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"Expected a config file at {path}, found none: check --config.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"Expected a YAML file at {path}, could not read it: {_first_line(error)}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise InputError(f"Expected sections and keys in {path}, got a {type(content).__name__}: see configs/.")
+    return OmegaConf.create(content)
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    for key in node:
+        value = node._get_node(key)
+        name = f"{prefix}{key}"
+        if isinstance(value, DictConfig) and not value._is_none():
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name
+
+
+def _make_writable(node: Any) -> None:
+    """Undoes OmegaConf's reading of frozen dataclasses as read-only sections."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _make_writable(child)
+
+
+def _same_last_part(key: str) -> list[str]:
+    last = {known.rpartition(".")[2]: known for known in KNOWN_KEYS}
+    return [last[near] for near in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)]
+
+
+def _dataclass_keys(kind: Any, prefix: str = "") -> Iterator[str]:
+    for item in fields(kind):
+        nested = item.default_factory() if callable(item.default_factory) else None
+        if is_dataclass(nested):
+            yield from _dataclass_keys(nested, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines()[:1]) or type(error).__name__
+
+
+KNOWN_KEYS = list(_dataclass_keys(Config))

@@ -1,0 +1,255 @@
+"""How good the synthetic images are, measured on real ones: private figures, and the two report pages."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpdm import checkpoint
+from dpdm import config as configs
+from dpdm.config import Config
+from dpdm.data.archive import ImageArchive
+from dpdm.errors import InputError
+from dpdm.evaluation.classifiers import Accuracy, logistic_regression_accuracy, majority_accuracy
+from dpdm.evaluation.features import Extractor, extract, pixel_extractor, train_feature_extractor, within_class_variance
+from dpdm.evaluation.frechet import feature_statistics, frechet_distance
+from dpdm.evaluation.guarantee import Guarantee
+from dpdm.evaluation.report import (
+    Measurement,
+    PrivateReport,
+    Section,
+    SharedReport,
+    write_private_report,
+    write_shareable_report,
+)
+from dpdm.files import write_json
+from dpdm.generate import draw
+from dpdm.privacy import accounting
+from dpdm.privacy.accounting import Mechanism
+from dpdm.train import environment, pick_device
+from dpdm.workdir import Workdir
+
+LARGEST_SET = 60_000  # images of one kind that are measured
+REPORT_IMAGES = 600
+CURVE_POINTS = 12
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images (n, C, H, W) uint8 and labels (n,) int64 or None, under the name that the tables give them."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray | None
+
+
+def evaluate(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, holdout: ImageArchive | None) -> dict[str, Any]:
+    """Measures synthetic images against real ones, writes ``private/evaluation.json`` and returns its content.
+
+    Everything here is computed on private images without noise: outside the guarantee, for the owner alone.
+
+    Args:
+        workdir: of the run; if its checkpoint holds warm-up weights, images of these are measured beside.
+        synthetic: the released images.
+        real: the training images.
+        holdout: real images that took no part in training; None leaves the classifiers out.
+
+    Raises:
+        InputError: if sizes or classes differ.
+    """
+    _check_alike(synthetic, real)
+    train_set = read_set("real", real)
+    test_set = None if holdout is None else read_set("held-out real", holdout)
+    sets = [synthetic]
+    warmup = warmup_images(workdir, len(synthetic.images))
+    if warmup is not None:
+        sets.append(warmup)
+    labelled = synthetic.labels is not None and train_set.labels is not None
+    extractor = _extractor(train_set, real.num_classes if labelled else 0)
+    target = feature_statistics(extract(extractor, train_set.images))
+    result: dict[str, Any] = {
+        "extractor": extractor.name,
+        "num_synthetic": len(synthetic.images),
+        "num_real": len(train_set.images),
+        "frechet": {s.name: _distance(extractor, s, target) for s in sets},
+        "variance_share": {s.name: _variance(s, labelled) / max(_variance(train_set, labelled), 1e-12) for s in sets},
+    }
+    if test_set is not None:
+        result["num_holdout"] = len(test_set.images)
+        result["frechet"][test_set.name] = _distance(extractor, test_set, target)
+    if labelled and test_set is not None:
+        result["accuracy"] = {s.name: asdict(_accuracy(s, test_set)) for s in [*sets, train_set]}
+        result["accuracy"]["majority class"] = asdict(majority_accuracy(_labels(train_set), _labels(test_set)))
+    write_json(workdir.evaluation, result)
+    return result
+
+
+def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, timing: dict[str, str]) -> None:
+    """Writes ``report.html``, which is private, and ``shareable.html``, from the release and its images alone."""
+    config = configs.load([workdir.config])
+    state, facts = checkpoint.load(workdir.checkpoint)
+    statement = json.loads((workdir.release / "privacy.json").read_text(encoding="utf-8"))
+    result = json.loads(workdir.evaluation.read_text(encoding="utf-8"))
+    names = tuple(config.data.class_names)
+    sample = np.linspace(0, real.num_images - 1, min(REPORT_IMAGES, real.num_images)).astype(np.int64)
+    steps, epsilons = spending(statement)
+    labels = None if synthetic.labels is None else synthetic.labels[:REPORT_IMAGES]
+    report = PrivateReport(
+        title=f"Private synthetic images: {config.data.name or 'your images'}",
+        source=f"{config.data.name or 'images'}: {real.num_images} for training",
+        guarantee=Guarantee.from_statement(statement),
+        real=real.read(sample),
+        synthetic=synthetic.images[:REPORT_IMAGES],
+        real_labels=real.labels[sample] if labels is not None and real.labels is not None else None,
+        synthetic_labels=labels,
+        class_names=names,
+        loss=np.array(state.curves.get("loss", [])),
+        clip_fraction=np.array(state.curves.get("clip_fraction", [])),
+        spent_steps=steps,
+        spent_epsilon=epsilons,
+        sections=sections(result),
+        config=configs.to_yaml(config),
+        environment=facts.get("environment", environment(torch.device("cpu"))),
+        timing=timing,
+    )
+    write_private_report(workdir.report, report)
+    workdir.report.chmod(0o600)
+    shared = SharedReport(
+        statement=statement,
+        synthetic=synthetic.images[:REPORT_IMAGES],
+        config=(workdir.release / "config.json").read_text(encoding="utf-8"),
+        versions=statement["versions"],
+        synthetic_labels=labels,
+        class_names=names,
+    )
+    write_shareable_report(workdir.shareable, shared)
+
+
+def spending(statement: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns steps (P,) and the epsilon spent after each, from a statement; public."""
+    mechanisms = [Mechanism(**m) for m in statement["mechanisms"]]
+    before = [m for m in mechanisms if m.name != "DP-SGD"]
+    training = [m for m in mechanisms if m.name == "DP-SGD"]
+    if not training:
+        return np.empty(0), np.empty(0)
+    last = training[0]
+    steps = np.unique(np.linspace(0, last.num_steps, CURVE_POINTS).astype(np.int64))
+    epsilons = [
+        accounting.epsilon_spent(
+            [*before, Mechanism(last.name, last.sampling_rate, last.noise_multiplier, int(count))], statement["delta"]
+        )
+        for count in steps
+    ]
+    return steps, np.array(epsilons)
+
+
+def sections(result: dict[str, Any]) -> tuple[Section, ...]:
+    """Returns the tables of the private report from an evaluation."""
+    tables = []
+    if "accuracy" in result:
+        rows = tuple(
+            Measurement(
+                f"Trained on {name} images" if name != "majority class" else "Always the most frequent class",
+                f"{100 * value['value']:.1f} %",
+                value["note"],
+            )
+            for name, value in result["accuracy"].items()
+        )
+        tables.append(
+            Section(
+                "Use for training a classifier",
+                rows,
+                f"Logistic regression, tested on {result['num_holdout']} held-out real images.",
+            )
+        )
+    rows = tuple(
+        Measurement(f"{name[0].upper()}{name[1:]} images", f"{v:.3g}") for name, v in result["frechet"].items()
+    )
+    explanation = f"To the {result['num_real']} real training images; lower is closer. Features: {result['extractor']}."
+    tables.append(Section("Fréchet distance", rows, explanation))
+    rows = tuple(
+        Measurement(f"{name[0].upper()}{name[1:]} images", f"{100 * v:.0f} %")
+        for name, v in result["variance_share"].items()
+    )
+    explanation = "Pixel variance inside a class, as a share of that of the real training images."
+    tables.append(Section("Variety", rows, explanation))
+    return tuple(tables)
+
+
+def warmup_images(workdir: Workdir, count: int) -> ImageSet | None:
+    """Returns images drawn from the weights after the warm-up alone, as the released ones are; None without one."""
+    if not workdir.checkpoint.exists():
+        return None
+    state, _ = checkpoint.load(workdir.checkpoint)
+    if not state.warmup:
+        return None
+    config = configs.load([workdir.config])
+    denoiser = configs.build_denoiser(config)
+    denoiser.network.load_state_dict(state.warmup)
+    return ImageSet("warm-up", *draw(denoiser.to(pick_device(config.setup.device)), config, num_images=count))
+
+
+def read_set(name: str, archive: ImageArchive) -> ImageSet:
+    """Returns an archive's images, evenly thinned to at most ``LARGEST_SET``."""
+    rows = np.unique(np.linspace(0, archive.num_images - 1, min(LARGEST_SET, archive.num_images)).astype(np.int64))
+    return ImageSet(name, archive.read(rows), None if archive.labels is None else archive.labels[rows])
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Returns an evaluation as lines for the terminal."""
+    lines = ["Measured on private images, outside the guarantee:"]
+    if "accuracy" in result:
+        values = ", ".join(f"{name} {100 * value['value']:.1f} %" for name, value in result["accuracy"].items())
+        lines.append(f"  logistic regression on held-out real images, trained on: {values}")
+    lines.append("  Frechet distance: " + ", ".join(f"{name} {v:.3g}" for name, v in result["frechet"].items()))
+    lines.append(f"    ({result['extractor']})")
+    shares = ", ".join(f"{name} {100 * v:.0f} %" for name, v in result["variance_share"].items())
+    lines.append(f"  within-class variance, share of the real: {shares}")
+    return "\n".join(lines)
+
+
+def _extractor(real: ImageSet, num_classes: int) -> Extractor:
+    if num_classes >= 2 and real.labels is not None:
+        return train_feature_extractor(real.images, real.labels, num_classes=num_classes)
+    return pixel_extractor(real.images.shape[-1], real.images.shape[1])
+
+
+def _distance(extractor: Extractor, images: ImageSet, target: tuple[np.ndarray, np.ndarray]) -> float:
+    return frechet_distance(*feature_statistics(extract(extractor, images.images)), *target)
+
+
+def _variance(images: ImageSet, labelled: bool) -> float:
+    return within_class_variance(images.images, images.labels if labelled else None)
+
+
+def _accuracy(train_set: ImageSet, test_set: ImageSet) -> Accuracy:
+    return logistic_regression_accuracy(train_set.images, _labels(train_set), test_set.images, _labels(test_set))
+
+
+def _labels(images: ImageSet) -> np.ndarray:
+    if images.labels is None:
+        raise InputError(f"Expected labels of the {images.name} images, got none.")
+    return images.labels
+
+
+def _check_alike(synthetic: ImageSet, real: ImageArchive) -> None:
+    expected = (real.num_channels, real.resolution, real.resolution)
+    if synthetic.images.shape[1:] != expected:
+        raise InputError(
+            f"Expected synthetic images of shape {expected} as in {real.path}, got {synthetic.images.shape[1:]}."
+        )
+
+
+def read_synthetic(workdir: Workdir, config: Config) -> ImageSet:
+    """Returns the run's synthetic images, from ``synthetic.zip``.
+
+    Raises:
+        InputError: if there are none.
+    """
+    if not workdir.synthetic.exists():
+        raise InputError(f"Expected synthetic images at {workdir.synthetic}, found none: run dpdm sample first.")
+    archive = ImageArchive(workdir.synthetic)
+    labels = archive.labels if config.data.num_classes else None
+    return ImageSet("synthetic", archive.read(np.arange(archive.num_images)), labels)

@@ -1,0 +1,229 @@
+"""What leaves the house: weights, redacted config, statement and model card, by an allow-list.
+
+``release/`` holds these files and no others: ``model.safetensors``, ``config.json``, ``privacy.json``, ``README.md``.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dpdm import checkpoint
+from dpdm import config as configs
+from dpdm.config import Config
+from dpdm.diffusion.denoiser import Denoiser
+from dpdm.errors import InputError, RunError
+from dpdm.files import fsync
+from dpdm.privacy import accounting
+from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.ledger import Ledger
+from dpdm.workdir import Workdir
+
+ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
+SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
+REDACTED = ("data.path", "model.ckpt", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
+LIBRARIES = ("dpdm", "torch", "numpy", "dp-accounting", "cryptography", "safetensors")
+
+
+def make_release(workdir: Workdir) -> Path:
+    """Writes ``release/`` from a run's checkpoint and ledger, then deletes the run's keys; returns the folder.
+
+    Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger; the
+    statement's epsilon is computed from the ledger. Nothing else is read from ``private/``.
+
+    Raises:
+        InputError: if there is no run, it is released already, or ``dp.seed`` makes its noise public.
+    """
+    if workdir.release.exists():
+        raise InputError(f"Expected no release in {workdir.root}, got one: a run is released once.")
+    if not workdir.checkpoint.exists():
+        raise InputError(f"Expected a trained model in {workdir.private}, found none: run dpdm train first.")
+    config = configs.load([workdir.config])
+    if config.dp.seed is not None:
+        raise InputError(
+            f"Expected dp.seed=null for a release, got {config.dp.seed}: its noise is public; train again."
+        )
+    state, _ = checkpoint.load(workdir.checkpoint)
+    ledger = Ledger(workdir.ledger)
+    temporary = workdir.root / ".release.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file({name: t.contiguous() for name, t in state.ema.items()}, temporary / "model.safetensors")
+        _write_json(temporary / "config.json", redacted(config))
+        statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"]["dataset_size"])
+        (temporary / "README.md").write_text(model_card(statement, config), encoding="utf-8")
+        statement["files"] = {name: _sha256(temporary / name) for name in ALLOWED if name != "privacy.json"}
+        _write_json(temporary / "privacy.json", statement)
+        for name in ALLOWED:
+            fsync(temporary / name)
+        temporary.rename(workdir.release)
+        fsync(workdir.root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for key in (workdir.key, workdir.holdout_key):
+        key.unlink(missing_ok=True)
+    return workdir.release
+
+
+def make_statement(config: Config, mechanisms: list[Mechanism], dataset_size: int) -> dict[str, Any]:
+    """Returns the privacy statement, all but its ``files``, from what was done."""
+    dp, data = config.dp, config.data
+    epsilon = accounting.epsilon_spent(mechanisms, dp.delta)
+    warmup = config.train.warmup
+    statement = {
+        "epsilon": epsilon,
+        "delta": dp.delta,
+        "unit": "one image",
+        "adjacency": accounting.ADJACENCY,
+        "accountant": accounting.ACCOUNTANT,
+        "dataset_size": dataset_size,
+        "clipping_norm": dp.clipping_norm,
+        "mechanisms": [m.as_dict() for m in mechanisms],
+        "public_facts": {
+            "dataset_size": dataset_size,
+            "resolution": data.resolution,
+            "num_channels": data.num_channels,
+            "num_classes": data.num_classes,
+            "class_names": list(data.class_names),
+            "split": "which images are for training and which are held out is decided image by image",
+        },
+        "threat_model": "the attacker sees the weights after every step, knows the code, the config and every other "
+        "image, and has no key",
+        "randomness": "ChaCha20 under a 256-bit key of the operating system, deleted at release",
+        "floating_point": "clipping bounds the computed sum including rounding; Gaussians are float64 Box-Muller, not "
+        "hardened against attacks on the gaps between floats (Mironov 2012)",
+        "group_privacy": {
+            str(k): dict(zip(("epsilon", "delta"), accounting.group_privacy(epsilon, dp.delta, k), strict=True))
+            for k in (2, 5)
+        },
+        "composition_scope": "this release alone; other releases from the same images add up (dpdm account --compose)",
+        "hyperparameters": dp.selection,
+        "holdout": "held-out images never took part in training; figures on them are private and not released",
+        "assumptions": [
+            "Each person has one image; whoever has k images has the weaker guarantee under group_privacy.",
+            "Batches are independent (Poisson) samples and the noise is Gaussian, up to ChaCha20 being "
+            "indistinguishable from true randomness.",
+            "The software, the libraries and the machine did what their code says; a statement cannot prove that.",
+            "The key, the checkpoints and the ledger stay with the owner of the images.",
+        ],
+        "not_covered": [
+            "The public facts above: the number of images, their size, the list of classes and the split.",
+            "The choice of hyperparameters (see hyperparameters).",
+            "Everything in the private report: curves, timings, and figures computed on real images.",
+            "What can be concluded about a population: that is what the model is for.",
+        ],
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    if warmup.enabled:
+        statement["warmup"] = "noisy class means ('central images'), each image clipped and added to one of them"
+    return statement
+
+
+def redacted(config: Config) -> dict[str, Any]:
+    """Returns the config that may be shared: no paths, no set-up, no seeds."""
+    sections = {name: asdict(getattr(config, name)) for name in SECTIONS}
+    for key in REDACTED:
+        section, name = key.split(".")
+        del sections[section][name]
+    return json.loads(json.dumps(sections))
+
+
+def load_denoiser(path: str | Path, config: Config | None = None) -> Denoiser:
+    """Returns the denoiser of a release, in evaluation mode, on the CPU.
+
+    Args:
+        path: a release folder, or its ``model.safetensors``.
+        config: replaces the release's own.
+
+    Raises:
+        InputError: if there is no such model, or weights and config do not fit each other.
+    """
+    path = Path(path)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if not weights.is_file():
+        raise InputError(f"Expected a release folder or a weights file at {path}, found none: check model.ckpt.")
+    denoiser = configs.build_denoiser(config or load_config(weights.parent))
+    try:
+        denoiser.network.load_state_dict(load_file(weights))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"Expected safetensors weights in {weights}, could not read them: {error}.") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"Expected weights that fit the config in {weights}, got others: {reason}") from None
+    return denoiser.eval()
+
+
+def load_config(release: Path) -> Config:
+    """Returns a release's config; what was redacted has its default."""
+    path = release / "config.json"
+    if not path.is_file():
+        raise InputError(f"Expected {path} beside the weights, found none: give --config.")
+    return configs.load([path])
+
+
+def verify(release: Path) -> tuple[dict[str, Any], list[str]]:
+    """Returns a release's statement, and whatever does not fit it: hashes, extra files, epsilon.
+
+    It checks consistency; it cannot prove that training followed the statement.
+
+    Raises:
+        InputError: if there is no statement.
+    """
+    path = release / "privacy.json"
+    try:
+        statement = json.loads(path.read_text(encoding="utf-8"))
+        mechanisms = [Mechanism(**m) for m in statement["mechanisms"]]
+        epsilon = accounting.epsilon_spent(mechanisms, statement["delta"])
+        claimed, files = float(statement["epsilon"]), dict(statement["files"])
+    except FileNotFoundError:
+        raise InputError(f"Expected a statement at {path}, found none: give a release folder.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"Expected a privacy statement in {path}, could not read it: {error}.") from None
+    problems = [f"{p.name} is not on the allow-list" for p in sorted(release.iterdir()) if p.name not in ALLOWED]
+    for name in ALLOWED:
+        if name == "privacy.json":
+            continue
+        if not (release / name).is_file():
+            problems.append(f"{name} is missing")
+        elif files.get(name) != _sha256(release / name):
+            problems.append(f"{name} differs from the statement's hash")
+    if not epsilon <= claimed * (1 + 1e-6):
+        problems.append(f"epsilon is {epsilon:.6g} by the statement's mechanisms, {claimed:.6g} is claimed")
+    return statement, problems
+
+
+def model_card(statement: dict[str, Any], config: Config) -> str:
+    data = config.data
+    classes = f", {data.num_classes} classes" if data.num_classes else ""
+    mechanisms = "\n".join(
+        f"- {m['name']}: {m['num_steps']} uses, sampling rate {m['sampling_rate']:.4g}, noise multiplier "
+        f"{m['noise_multiplier']:g}"
+        for m in statement["mechanisms"]
+    )
+    return f"""# {data.name or "Private images"}: a differentially private diffusion model
+
+A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, trained by dpdm
+{statement["versions"]["dpdm"]} on {statement["dataset_size"]} private images. The weights, and every image drawn from
+them, are ({statement["epsilon"]:.4g}, {statement["delta"]:g})-differentially private with respect to adding or removing
+{statement["unit"]}.
+
+{mechanisms}
+
+What is assumed and what is not covered stands in `privacy.json`. Check it by `dpdm verify .`; draw images by
+`dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
+"""
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,180 @@
+"""The whole way for a user's own images: prepare, train, release, sample, evaluate, report."""
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dpdm import config as configs
+from dpdm.config import Config
+from dpdm.data.archive import ImageArchive
+from dpdm.data.prepare import prepare_with_holdout
+from dpdm.data.sources import source_path
+from dpdm.data.transforms import Transform
+from dpdm.errors import InputError, RunError
+from dpdm.evaluate import ImageSet, evaluate, read_synthetic, summary, write_reports
+from dpdm.files import write_json, write_text
+from dpdm.generate import draw, write_archive, write_samples
+from dpdm.plan import make_plan
+from dpdm.privacy import accounting, noise
+from dpdm.recipes import recipe
+from dpdm.release import load_denoiser, make_release
+from dpdm.train import train
+from dpdm.workdir import Workdir
+
+HOLDOUT_FRACTION = 1 / 6
+PRODUCTS = ("config.yaml", "private", "release", "samples", "synthetic.zip", "report.html", "shareable.html")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asked for; a folder goes on with the same request and refuses another.
+
+    Attributes:
+        source: folder, zip, archive or name of a data set.
+        epsilon: the budget.
+        delta: None: the power of ten at or below min(1e-5, 1/(10 N)).
+        resolution, transform: how to bring images to one size.
+        num_images: synthetic images; None: as many as there are real ones.
+        overrides: key=value pairs on top of the recipe.
+    """
+
+    source: str
+    epsilon: float
+    delta: float | None = None
+    resolution: int | None = None
+    transform: Transform | None = None
+    num_images: int | None = None
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise InputError(f"Expected --epsilon > 0, got {self.epsilon}.")
+        if self.num_images is not None and self.num_images < 1:
+            raise InputError(f"Expected --num-images >= 1, got {self.num_images}.")
+
+
+def synthesize(request: Request, workdir: Workdir) -> dict[str, Any]:
+    """Goes the whole way, or on from where an earlier call was stopped; returns the private evaluation.
+
+    Raises:
+        InputError: if ``workdir`` holds another request's run, a finished one, or other files.
+    """
+    _claim(request, workdir)
+    timing: dict[str, str] = {}
+    start = time.monotonic()
+
+    def lap(what: str) -> None:
+        nonlocal start
+        timing[what] = f"{time.monotonic() - start:.1f} s"
+        start = time.monotonic()
+
+    try:
+        real, holdout = prepare_data(request, workdir)
+        config = configure(request, workdir, real)
+        make_plan(configs.resolve(config, real), real.num_images)
+    except InputError:
+        if not workdir.ledger.exists():  # nothing was bought: leave the folder as it was found
+            start_over(workdir)
+        raise
+    lap("Preparing")
+    if not workdir.release.exists():
+        config, state = train(config, workdir, resume=workdir.ledger.exists())
+        lap("Training")
+        if state.step == 0:
+            raise RunError("Expected at least one step of training, got none: the budget was spent on lost steps.")
+        make_release(workdir)
+    config = configs.load([workdir.config])
+    num_images = request.num_images or real.num_images + holdout.num_images
+    if not workdir.synthetic.exists():
+        images, labels = draw(load_denoiser(workdir.release), config, num_images=num_images)
+        if not workdir.samples.exists():
+            write_samples(workdir.samples, images, labels)
+        write_archive(workdir.synthetic, images, labels)
+        lap("Sampling")
+    synthetic: ImageSet = read_synthetic(workdir, config)
+    result = evaluate(workdir, synthetic, real, holdout)
+    lap("Evaluating")
+    write_reports(workdir, synthetic, real, timing)
+    print(summary(result), file=sys.stderr)
+    return result
+
+
+def prepare_data(request: Request, workdir: Workdir) -> tuple[ImageArchive, ImageArchive]:
+    """Returns training and held-out images as archives in ``private/``."""
+    if not (workdir.train_archive.exists() and workdir.holdout_archive.exists()):
+        if not workdir.holdout_key.exists():
+            write_text(workdir.holdout_key, noise.new_key().hex() + "\n")
+            workdir.holdout_key.chmod(0o600)
+        prepare_with_holdout(
+            request.source,
+            workdir.train_archive,
+            workdir.holdout_archive,
+            holdout_key=bytes.fromhex(workdir.holdout_key.read_text().strip()),
+            fraction=HOLDOUT_FRACTION,
+            resolution=request.resolution,
+            transform=request.transform,
+            overwrite=True,
+        )
+    return ImageArchive(workdir.train_archive), ImageArchive(workdir.holdout_archive)
+
+
+def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
+    """Returns the recipe for the data's public facts, with the request's overrides on top."""
+    delta = request.delta or accounting.default_delta(real.num_images)
+    values = recipe(
+        dataset_size=real.num_images,
+        resolution=real.resolution,
+        num_channels=real.num_channels,
+        num_classes=real.num_classes if real.labels is not None else 0,
+        epsilon=request.epsilon,
+    )
+    known = source_path(request.source) is None  # a data set that everybody knows by name
+    values = [*values, f"dp.epsilon={request.epsilon!r}", f"dp.delta={delta!r}"]
+    if known:
+        values.append(f"data.name={request.source}")
+    return configs.load([], [*values, f"data.path={workdir.train_archive}", *request.overrides])
+
+
+def start_over(workdir: Workdir) -> None:
+    """Removes a run's own products, and nothing else, from its folder."""
+    for name in PRODUCTS:
+        path = workdir.root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if workdir.root.exists() and not any(workdir.root.iterdir()):
+        workdir.root.rmdir()
+
+
+def _claim(request: Request, workdir: Workdir) -> None:
+    note = workdir.private / "request.json"
+    asked = json.loads(json.dumps(asdict(request)))
+    if note.exists():
+        if json.loads(note.read_text(encoding="utf-8")) != asked:
+            raise InputError(
+                f"Expected an empty folder or this very request in {workdir.root}, got another request: "
+                "choose another --workdir."
+            )
+        if workdir.shareable.exists():
+            raise InputError(
+                f"Expected an unfinished run in {workdir.root}, got a finished one: give another --workdir."
+            )
+        return
+    if any((workdir.root / name).exists() for name in PRODUCTS):
+        raise InputError(
+            f"Expected an empty folder {workdir.root}, got one that holds a run: choose another --workdir."
+        )
+    _check_source(request.source)
+    workdir.make_private()
+    write_json(note, asked)
+
+
+def _check_source(source: str) -> None:
+    path = source_path(source)
+    if path is not None and not Path(path).exists():
+        raise InputError(f"Expected a folder, a zip or the name of a data set, got {source}: there is no such file.")
