@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpdm.errors import RunError
 from dpdm.files import atomic_path
+from dpdm.privacy.ledger import Ledger
 
 
 @dataclass
@@ -42,12 +43,9 @@ class TrainState:
 
     def digest(self) -> str:
         """Returns a SHA-256 of all that the next update depends on: weights, moments, step."""
-        sha = hashlib.sha256(str(self.step).encode())
-        for group in (self.parameters, self.exp_avg, self.exp_avg_sq):
-            for name, tensor in sorted(group.items()):
-                sha.update(name.encode())
-                sha.update(tensor.detach().cpu().contiguous().numpy().data)
-        return sha.hexdigest()
+        groups = {"parameters": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        tensors = {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+        return _digest(tensors, str(self.step))
 
 
 GROUPS = ("parameters", "ema", "exp_avg", "exp_avg_sq", "warmup")
@@ -62,9 +60,22 @@ def save(path: Path, state: TrainState, facts: dict[str, Any]) -> None:
     }
     for name, values in state.curves.items():
         tensors[f"curves/{name}"] = torch.tensor(values, dtype=torch.float64)
-    metadata = {"step": str(state.step), "facts": json.dumps(facts), "digest": state.digest()}
+    metadata = {"step": str(state.step), "facts": json.dumps(facts)}
+    metadata["digest"] = _digest(tensors, metadata["step"], metadata["facts"])
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        write_tensors(tensors, temporary, metadata)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        RunError: if it cannot be written; safetensors reports a full disk as an error of its own kind.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise RunError(f"Could not write {path}: {error}; free some space and go on with the same command.") from None
 
 
 def load(path: Path) -> tuple[TrainState, dict[str, Any]]:
@@ -77,16 +88,35 @@ def load(path: Path) -> tuple[TrainState, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            for key in file.keys():  # noqa: SIM118  # not a dict
-                group, _, name = key.partition("/")
-                groups[group][name] = file.get_tensor(key)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+        if _digest(tensors, metadata["step"], metadata["facts"]) != metadata["digest"]:
+            raise ValueError("its digest differs")
+        for key, tensor in tensors.items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor
         curves = {name: values.tolist() for name, values in groups.pop("curves").items()}
         state = TrainState(**groups, step=int(metadata["step"]), curves=curves)
         facts = json.loads(metadata["facts"])
-        if state.digest() != metadata["digest"]:
-            raise ValueError("its digest differs")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"Expected a whole checkpoint at {path}, could not read it ({error}): start a new run."
         ) from None
     return state, facts
+
+
+def check_accounted(state: TrainState, ledger: Ledger) -> None:
+    """Raises RunError if a state holds more than its ledger says was bought: the ledger lost lines, or is another's."""
+    if ledger.spent("DP-SGD") < state.step or (state.warmup and not ledger.spent("central images")):
+        raise RunError(
+            f"Expected ledger {ledger.path} to name everything in the checkpoint ({state.step} steps of DP-SGD), got "
+            f"{ledger.spent('DP-SGD')}: it is damaged and what was spent is unknown; start a new run."
+        )
+
+
+def _digest(tensors: dict[str, Tensor], *texts: str) -> str:
+    """Returns a SHA-256 over names, bytes and texts, in an order that does not depend on the file's."""
+    sha = hashlib.sha256(json.dumps(texts).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().data)
+    return sha.hexdigest()

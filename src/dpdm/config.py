@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -50,6 +51,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        for name, least in (("resolution", 1), ("num_channels", 1), ("num_classes", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"Expected data.{name} >= {least}, got {value}: null takes it from the images.")
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise InputError(f"Expected a finite optim.learning_rate > 0, got {self.learning_rate}.")
-        if not self.weight_decay >= 0:
-            raise InputError(f"Expected optim.weight_decay >= 0, got {self.weight_decay}.")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise InputError(f"Expected a finite optim.weight_decay >= 0, got {self.weight_decay}.")
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,10 @@ class TrainConfig:
             "checkpoint_every",
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"Expected train.{name} > 0, got {value}.")
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"Expected a finite train.{name} > 0, got {value}.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"Expected 0 <= train.seed < 2**63, got {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -175,8 +182,8 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
         config = _merge(config, _read_yaml(Path(file)), str(file))
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"Expected an override of the form key=value, got {override!r}.")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise InputError(f"Expected an override of the form section.key=value, got {override!r}.")
         try:
             change = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -185,7 +192,7 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
     try:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise InputError(_first_line(error)) from None
+        raise InputError(f"Expected a plain value of {error.full_key}, got: {_first_line(error)}.") from None
 
 
 def to_yaml(config: Config) -> str:
@@ -193,13 +200,21 @@ def to_yaml(config: Config) -> str:
 
 
 def save(config: Config, path: Path) -> None:
-    write_text(path, to_yaml(config))
+    write_text(path, to_yaml(config), mode=0o600)
 
 
 def fingerprint(*parts: Any) -> str:
     """Returns a SHA-256 hex digest of config parts (dataclasses or plain values)."""
     plain = [_plain(asdict(part)) if is_dataclass(part) and not isinstance(part, type) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def run_hash(config: Config) -> str:
+    """Returns a hash of what may not change when a run goes on: all but where data lie and how a step is cut up."""
+    data = replace(config.data, path=None, name=None)
+    model = replace(config.model, ckpt=None)
+    train = replace(config.train, physical_batch_size=None, n_splits=1, checkpoint_every=1)
+    return fingerprint(data, model, config.loss, config.optim, config.dp, train)
 
 
 def resolve(config: Config, archive: ImageArchive) -> Config:
@@ -212,7 +227,10 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
     for name in ("resolution", "num_channels"):
         found[name] = getattr(archive, name)
         if getattr(data, name) not in (None, found[name]):
-            raise InputError(f"Expected data.{name}={getattr(data, name)}, got {found[name]} in {archive.path}.")
+            raise InputError(
+                f"Expected data.{name}={getattr(data, name)}, got {found[name]} in {archive.path}: "
+                f"leave data.{name} out, or give other images."
+            )
     num_classes = archive.num_classes if data.num_classes is None else data.num_classes
     if num_classes and archive.labels is None:
         raise InputError(
@@ -220,7 +238,10 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
             "folder per class, or set data.num_classes=0."
         )
     if num_classes not in (0, archive.num_classes):
-        raise InputError(f"Expected data.num_classes={num_classes}, got {archive.num_classes} in {archive.path}.")
+        raise InputError(
+            f"Expected data.num_classes={num_classes}, got {archive.num_classes} in {archive.path}: leave it out, or "
+            "give 0 for a model without classes."
+        )
     names = tuple(archive.class_names or ()) if num_classes else ()
     data = replace(data, **found, num_classes=num_classes, class_names=names)
     return replace(config, data=data)
@@ -244,19 +265,22 @@ def build_denoiser(config: Config) -> Denoiser:
 
 
 def _merge(config: Any, change: Any, where: str) -> Any:
-    for key in _leaves(change):
-        if key not in KNOWN_KEYS and not any(known.startswith(f"{key}.") for known in KNOWN_KEYS):
+    for key, value in _leaves(change):
+        if any(known.startswith(f"{key}.") for known in KNOWN_KEYS):
+            example = next(known for known in KNOWN_KEYS if known.startswith(f"{key}."))
+            raise InputError(
+                f"Expected {key} in {where} to be a section of keys, got {value}: give keys in it, such as {example}."
+            )
+        if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1) or _same_last_part(key)
-            hint = f"did you mean {near[0]}?" if near else "see docs/configuration.md."
+            hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(SECTIONS)}."
             raise InputError(f"Expected a known key in {where}, got {key}: {hint}")
     try:
         return OmegaConf.merge(config, change)
     except OmegaConfBaseException as error:
-        value = OmegaConf.select(change, error.full_key) if error.full_key else None
-        key = error.full_key or "a section"
-        raise InputError(
-            f"Expected {where} to give {key} a fitting value, got {value!r}: {_first_line(error)}"
-        ) from None
+        key = error.full_key or "a key"
+        value = OmegaConf.select(change, error.full_key) if error.full_key else change
+        raise InputError(f"Expected a fitting value of {key} in {where}, got {value!r}: {_first_line(error)}") from None
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -273,14 +297,14 @@ def _read_yaml(path: Path) -> DictConfig:
     return OmegaConf.create(content)
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in node:
         value = node._get_node(key)
         name = f"{prefix}{key}"
         if isinstance(value, DictConfig) and not value._is_none():
             yield from _leaves(value, f"{name}.")
         else:
-            yield name
+            yield name, value
 
 
 def _make_writable(node: Any) -> None:
@@ -319,3 +343,4 @@ def _first_line(error: Exception) -> str:
 
 
 KNOWN_KEYS = list(_dataclass_keys(Config))
+SECTIONS = [item.name for item in fields(Config)]

@@ -11,6 +11,7 @@ from dpdm import checkpoint
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
+from dpdm.device import environment, pick_device
 from dpdm.errors import InputError
 from dpdm.evaluation.classifiers import Accuracy, logistic_regression_accuracy, majority_accuracy
 from dpdm.evaluation.features import Extractor, extract, pixel_extractor, train_feature_extractor, within_class_variance
@@ -28,7 +29,6 @@ from dpdm.files import write_json
 from dpdm.generate import draw
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
-from dpdm.train import environment, pick_device
 from dpdm.workdir import Workdir
 
 LARGEST_SET = 60_000  # images of one kind that are measured
@@ -115,7 +115,6 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
         timing=timing,
     )
     write_private_report(workdir.report, report)
-    workdir.report.chmod(0o600)
     shared = SharedReport(
         statement=statement,
         synthetic=synthetic.images[:REPORT_IMAGES],

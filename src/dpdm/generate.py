@@ -10,13 +10,13 @@ from PIL import Image
 
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter
+from dpdm.device import pick_device
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.sampling import sample
 from dpdm.errors import InputError
 from dpdm.evaluation.grids import image_grid
 from dpdm.files import fsync
 from dpdm.progress import Progress
-from dpdm.train import pick_device
 
 GRID_IMAGES = 100
 GRID_COLUMNS = 10

@@ -1,10 +1,14 @@
 """What a run may buy from the data, decided before it starts."""
 
+import math
 from dataclasses import dataclass
 
+from dpdm import account
 from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.privacy import accounting
+from dpdm.privacy.central import LARGEST_DATASET
+from dpdm.privacy.dpsgd import LARGEST_BATCH
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,20 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
     Raises:
         InputError: for a delta that is too large, a batch larger than the data, no or two privacy targets.
     """
-    if (config.dp.epsilon is None) == (config.dp.noise_multiplier is None):
-        given = "neither" if config.dp.epsilon is None else "both"
-        raise InputError(f"Expected one of dp.epsilon and dp.noise_multiplier, got {given}: give exactly one.")
+    check_keys(config)
     accounting.check_delta_for(config.dp.delta, dataset_size)
     batch = config.train.expected_batch_size
     rate = accounting.sampling_rate(batch, dataset_size)
+    if batch + 10 * math.sqrt(batch) > LARGEST_BATCH:
+        raise InputError(f"Expected train.expected_batch_size <= 44000, got {batch}: rounding is bounded up to there.")
+    if config.train.warmup.enabled and dataset_size > LARGEST_DATASET:
+        raise InputError(
+            f"Expected at most {LARGEST_DATASET} images for central images, got {dataset_size}: turn off train.warmup."
+        )
     steps = config.train.num_iterations
     if steps is None:
-        if config.train.num_epochs is None:
-            raise InputError("Expected train.num_epochs or train.num_iterations, got neither: give one.")
-        steps = accounting.num_iterations(config.train.num_epochs, dataset_size, batch)
+        assert config.train.num_epochs is not None  # check_keys has looked
+        steps = account.steps_of("train.num_epochs", config.train.num_epochs, dataset_size, batch)
     warmup = config.train.warmup.mechanism() if config.train.warmup.enabled else None
     others = [warmup] if warmup else []
     noise_multiplier = config.dp.noise_multiplier
@@ -58,3 +65,13 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
     dp_sgd = accounting.Mechanism("DP-SGD", rate, noise_multiplier, steps)
     epsilon = accounting.epsilon_spent([*others, dp_sgd], config.dp.delta)
     return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, warmup)
+
+
+def check_keys(config: Config) -> None:
+    """Raises InputError for what is wrong with the privacy keys whatever the data are, before these are read."""
+    dp, train = config.dp, config.train
+    account.check_target(dp.epsilon, dp.noise_multiplier, "dp.epsilon", "dp.noise_multiplier")
+    if train.num_iterations is None and train.num_epochs is None:
+        raise InputError("Expected train.num_epochs or train.num_iterations, got neither: give one.")
+    if train.warmup.enabled:
+        account.check_noise_multiplier(train.warmup.noise_multiplier, "train.warmup.noise_multiplier")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dpdm import checkpoint
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
+from dpdm.evaluation.guarantee import round_up
 from dpdm.files import fsync
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
@@ -39,8 +40,15 @@ def make_release(workdir: Workdir) -> Path:
 
     Raises:
         InputError: if there is no run, it is released already, or ``dp.seed`` makes its noise public.
+        RunError: if checkpoint, ledger or config are damaged or do not belong together.
     """
+    with workdir.lock():  # a run that is still training would go on after its release
+        return _make_release(workdir)
+
+
+def _make_release(workdir: Workdir) -> Path:
     if workdir.release.exists():
+        forget_keys(workdir)  # a release that was killed right after its renaming may have left them
         raise InputError(f"Expected no release in {workdir.root}, got one: a run is released once.")
     if not workdir.checkpoint.exists():
         raise InputError(f"Expected a trained model in {workdir.private}, found none: run dpdm train first.")
@@ -51,11 +59,18 @@ def make_release(workdir: Workdir) -> Path:
         )
     state, _ = checkpoint.load(workdir.checkpoint)
     ledger = Ledger(workdir.ledger)
+    checkpoint.check_accounted(state, ledger)
+    if ledger.header["config"] != configs.run_hash(config):
+        raise RunError(
+            f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
+            "the change."
+        )
     temporary = workdir.root / ".release.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file({name: t.contiguous() for name, t in state.ema.items()}, temporary / "model.safetensors")
+        weights = {name: tensor.contiguous() for name, tensor in state.ema.items()}
+        checkpoint.write_tensors(weights, temporary / "model.safetensors")
         _write_json(temporary / "config.json", redacted(config))
         statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"]["dataset_size"])
         (temporary / "README.md").write_text(model_card(statement, config), encoding="utf-8")
@@ -67,16 +82,21 @@ def make_release(workdir: Workdir) -> Path:
         fsync(workdir.root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    forget_keys(workdir)
+    return workdir.release
+
+
+def forget_keys(workdir: Workdir) -> None:
+    """Deletes the run's keys from its folder (copies and the disk's old blocks are the owner's business)."""
     for key in (workdir.key, workdir.holdout_key):
         key.unlink(missing_ok=True)
-    return workdir.release
 
 
 def make_statement(config: Config, mechanisms: list[Mechanism], dataset_size: int) -> dict[str, Any]:
     """Returns the privacy statement, all but its ``files``, from what was done."""
     dp, data = config.dp, config.data
-    epsilon = accounting.epsilon_spent(mechanisms, dp.delta)
-    warmup = config.train.warmup
+    # Above 0, where the formula for groups would divide by 0; a larger epsilon is a weaker and so a true statement.
+    epsilon = max(accounting.epsilon_spent(mechanisms, dp.delta), 1e-6)
     statement = {
         "epsilon": epsilon,
         "delta": dp.delta,
@@ -92,38 +112,56 @@ def make_statement(config: Config, mechanisms: list[Mechanism], dataset_size: in
             "num_channels": data.num_channels,
             "num_classes": data.num_classes,
             "class_names": list(data.class_names),
-            "split": "which images are for training and which are held out is decided image by image",
+            "split": "which images are for training is public; where dpdm made the split, a keyed hash of each "
+            "image decided, except for scikit-learn's digits, of which every sixth is held out",
         },
-        "threat_model": "the attacker sees the weights after every step, knows the code, the config and every other "
-        "image, and has no key",
-        "randomness": "ChaCha20 under a 256-bit key of the operating system, deleted at release",
-        "floating_point": "clipping bounds the computed sum including rounding; Gaussians are float64 Box-Muller, not "
-        "hardened against attacks on the gaps between floats (Mironov 2012)",
-        "group_privacy": {
-            str(k): dict(zip(("epsilon", "delta"), accounting.group_privacy(epsilon, dp.delta, k), strict=True))
-            for k in (2, 5)
-        },
+        "threat_model": "the attacker sees the weights after every step that was kept, knows the code, the config and "
+        "every other image, and has no key",
+        "randomness": "ChaCha20 under a 256-bit key of the operating system, deleted from the run's folder at release",
+        "floating_point": "clipping and summing are bounded with their rounding; the rounding inside the network's "
+        "kernels is not (an image's gradient may move by about 1e-6 of itself when another image joins its batch); "
+        "Gaussians are float64 Box-Muller, not hardened against attacks on the gaps between floats (Mironov 2012)",
+        "group_privacy": {str(k): _group(epsilon, dp.delta, k) for k in (2, 5)},
         "composition_scope": "this release alone; other releases from the same images add up (dpdm account --compose)",
         "hyperparameters": dp.selection,
-        "holdout": "held-out images never took part in training; figures on them are private and not released",
-        "assumptions": [
-            "Each person has one image; whoever has k images has the weaker guarantee under group_privacy.",
-            "Batches are independent (Poisson) samples and the noise is Gaussian, up to ChaCha20 being "
-            "indistinguishable from true randomness.",
-            "The software, the libraries and the machine did what their code says; a statement cannot prove that.",
-            "The key, the checkpoints and the ledger stay with the owner of the images.",
-        ],
+        "holdout": "images that dpdm held out took no part in training; figures on them are private and not released",
+        "assumptions": _assumptions(config, mechanisms),
         "not_covered": [
-            "The public facts above: the number of images, their size, the list of classes and the split.",
-            "The choice of hyperparameters (see hyperparameters).",
+            "The public facts: the number of images, their size, the list of classes and the split.",
+            "The choice of hyperparameters, and the choice of this run among several.",
             "Everything in the private report: curves, timings, and figures computed on real images.",
+            "What an observer of the machine sees: time, memory, power; copies of the run's folder that are continued.",
             "What can be concluded about a population: that is what the model is for.",
         ],
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    if warmup.enabled:
+    if config.train.warmup.enabled:
         statement["warmup"] = "noisy class means ('central images'), each image clipped and added to one of them"
     return statement
+
+
+def _assumptions(config: Config, mechanisms: list[Mechanism]) -> list[str]:
+    assumptions = [
+        "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
+        "Batches are independent (Poisson) samples and the noise is Gaussian, up to ChaCha20 being "
+        "indistinguishable from true randomness by any feasible computation.",
+        "The software, the libraries and the machine did what their code says; a statement cannot prove that.",
+        "The key, the checkpoints and the ledger stay with the owner of the images.",
+    ]
+    steps = sum(m.num_steps for m in mechanisms if m.name == "DP-SGD")
+    if config.train.num_iterations is not None and steps < config.train.num_iterations:
+        assumptions.append(
+            f"Training ended after {steps} of {config.train.num_iterations} steps, not because of anything seen in the "
+            "images, the curves or the model."
+        )
+    return assumptions
+
+
+def _group(epsilon: float, delta: float, size: int) -> dict[str, Any]:
+    group_epsilon, group_delta = accounting.group_privacy(epsilon, delta, size)
+    if group_delta >= 1:
+        return {"epsilon": None, "delta": 1.0, "note": "no guarantee for so many images of one person"}
+    return {"epsilon": group_epsilon, "delta": group_delta}
 
 
 def redacted(config: Config) -> dict[str, Any]:
@@ -182,7 +220,7 @@ def verify(release: Path) -> tuple[dict[str, Any], list[str]]:
         mechanisms = [Mechanism(**m) for m in statement["mechanisms"]]
         epsilon = accounting.epsilon_spent(mechanisms, statement["delta"])
         claimed, files = float(statement["epsilon"]), dict(statement["files"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"Expected a statement at {path}, found none: give a release folder.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"Expected a privacy statement in {path}, could not read it: {error}.") from None
@@ -211,8 +249,8 @@ def model_card(statement: dict[str, Any], config: Config) -> str:
 
 A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, trained by dpdm
 {statement["versions"]["dpdm"]} on {statement["dataset_size"]} private images. The weights, and every image drawn from
-them, are ({statement["epsilon"]:.4g}, {statement["delta"]:g})-differentially private with respect to adding or removing
-{statement["unit"]}.
+them, are ({round_up(statement["epsilon"])}, {statement["delta"]:g})-differentially private with respect to
+adding or removing {statement["unit"]} and its label, under the assumptions in `privacy.json`.
 
 {mechanisms}
 

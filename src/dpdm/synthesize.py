@@ -4,10 +4,11 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpdm import account
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
@@ -18,15 +19,22 @@ from dpdm.errors import InputError, RunError
 from dpdm.evaluate import ImageSet, evaluate, read_synthetic, summary, write_reports
 from dpdm.files import write_json, write_text
 from dpdm.generate import draw, write_archive, write_samples
-from dpdm.plan import make_plan
 from dpdm.privacy import accounting, noise
-from dpdm.recipes import recipe
-from dpdm.release import load_denoiser, make_release
+from dpdm.recipes import SELECTION, recipe
+from dpdm.release import forget_keys, load_denoiser, make_release
 from dpdm.train import train
 from dpdm.workdir import Workdir
 
 HOLDOUT_FRACTION = 1 / 6
 PRODUCTS = ("config.yaml", "private", "release", "samples", "synthetic.zip", "report.html", "shareable.html")
+
+FIXED = {
+    "dp.epsilon": "give --epsilon",
+    "dp.delta": "give --delta",
+    "dp.noise_multiplier": "it follows from --epsilon; dpdm train takes it",
+    "dp.seed": "a run with a seed cannot be released; dpdm train takes it",
+    "data.path": "give SOURCE",
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,14 @@ class Request:
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise InputError(f"Expected --epsilon > 0, got {self.epsilon}.")
+        account.check_target(self.epsilon, None, "--epsilon", "dp.noise_multiplier")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise InputError(f"Expected 0 < --delta < 1, got {self.delta}.")
+        for override in self.overrides:
+            key = override.partition("=")[0]
+            if key in FIXED:
+                raise InputError(f"Expected no {key} after --, got {override!r}: {FIXED[key]}.")
+        configs.load([], self.overrides)  # a typo is found before the images are read
         if self.num_images is not None and self.num_images < 1:
             raise InputError(f"Expected --num-images >= 1, got {self.num_images}.")
 
@@ -63,7 +77,12 @@ def synthesize(request: Request, workdir: Workdir) -> dict[str, Any]:
     Raises:
         InputError: if ``workdir`` holds another request's run, a finished one, or other files.
     """
-    _claim(request, workdir)
+    with workdir.lock():
+        _claim(request, workdir)
+        return _go_on(request, workdir)
+
+
+def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
     timing: dict[str, str] = {}
     start = time.monotonic()
 
@@ -75,18 +94,18 @@ def synthesize(request: Request, workdir: Workdir) -> dict[str, Any]:
     try:
         real, holdout = prepare_data(request, workdir)
         config = configure(request, workdir, real)
-        make_plan(configs.resolve(config, real), real.num_images)
+        lap("Preparing")
+        if not workdir.release.exists():
+            config, state = train(config, workdir, resume=workdir.ledger.exists())
+            lap("Training")
+            if state.step == 0:
+                raise RunError("Expected at least one step of training, got none: the budget was spent on lost steps.")
+            make_release(workdir)
+        forget_keys(workdir)
     except InputError:
         if not workdir.ledger.exists():  # nothing was bought: leave the folder as it was found
             start_over(workdir)
         raise
-    lap("Preparing")
-    if not workdir.release.exists():
-        config, state = train(config, workdir, resume=workdir.ledger.exists())
-        lap("Training")
-        if state.step == 0:
-            raise RunError("Expected at least one step of training, got none: the budget was spent on lost steps.")
-        make_release(workdir)
     config = configs.load([workdir.config])
     num_images = request.num_images or real.num_images + holdout.num_images
     if not workdir.synthetic.exists():
@@ -107,13 +126,12 @@ def prepare_data(request: Request, workdir: Workdir) -> tuple[ImageArchive, Imag
     """Returns training and held-out images as archives in ``private/``."""
     if not (workdir.train_archive.exists() and workdir.holdout_archive.exists()):
         if not workdir.holdout_key.exists():
-            write_text(workdir.holdout_key, noise.new_key().hex() + "\n")
-            workdir.holdout_key.chmod(0o600)
+            write_text(workdir.holdout_key, noise.new_key().hex() + "\n", mode=0o600)
         prepare_with_holdout(
             request.source,
             workdir.train_archive,
             workdir.holdout_archive,
-            holdout_key=bytes.fromhex(workdir.holdout_key.read_text().strip()),
+            holdout_key=_read_holdout_key(workdir),
             fraction=HOLDOUT_FRACTION,
             resolution=request.resolution,
             transform=request.transform,
@@ -122,21 +140,40 @@ def prepare_data(request: Request, workdir: Workdir) -> tuple[ImageArchive, Imag
     return ImageArchive(workdir.train_archive), ImageArchive(workdir.holdout_archive)
 
 
+def _read_holdout_key(workdir: Workdir) -> bytes:
+    try:
+        return bytes.fromhex(workdir.holdout_key.read_text().strip())
+    except ValueError:
+        raise InputError(
+            f"Expected hex digits in {workdir.holdout_key}, got something damaged: choose another --workdir."
+        ) from None
+
+
 def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
     """Returns the recipe for the data's public facts, with the request's overrides on top."""
-    delta = request.delta or accounting.default_delta(real.num_images)
+    delta = accounting.default_delta(real.num_images) if request.delta is None else request.delta
+    accounting.check_delta_for(delta, real.num_images)
     values = recipe(
         dataset_size=real.num_images,
         resolution=real.resolution,
         num_channels=real.num_channels,
         num_classes=real.num_classes if real.labels is not None else 0,
         epsilon=request.epsilon,
+        delta=delta,
     )
     known = source_path(request.source) is None  # a data set that everybody knows by name
     values = [*values, f"dp.epsilon={request.epsilon!r}", f"dp.delta={delta!r}"]
     if known:
         values.append(f"data.name={request.source}")
-    return configs.load([], [*values, f"data.path={workdir.train_archive}", *request.overrides])
+    changed = [
+        o.partition("=")[0] for o in request.overrides if not o.startswith(("sampler.", "setup.", "dp.selection"))
+    ]
+    if changed:
+        selection = f"{SELECTION}; the user changed {', '.join(changed)}, which is not accounted for"
+        values.append(f"dp.selection={json.dumps(selection)}")
+    config = configs.load([], [*values, *request.overrides])
+    # Not as an override: a folder's name may mean something else in YAML.
+    return replace(config, data=replace(config.data, path=str(workdir.train_archive)))
 
 
 def start_over(workdir: Workdir) -> None:
@@ -155,7 +192,7 @@ def _claim(request: Request, workdir: Workdir) -> None:
     note = workdir.private / "request.json"
     asked = json.loads(json.dumps(asdict(request)))
     if note.exists():
-        if json.loads(note.read_text(encoding="utf-8")) != asked:
+        if _read_request(note) != asked:
             raise InputError(
                 f"Expected an empty folder or this very request in {workdir.root}, got another request: "
                 "choose another --workdir."
@@ -165,13 +202,23 @@ def _claim(request: Request, workdir: Workdir) -> None:
                 f"Expected an unfinished run in {workdir.root}, got a finished one: give another --workdir."
             )
         return
-    if any((workdir.root / name).exists() for name in PRODUCTS):
+    found = [name for name in PRODUCTS if (workdir.root / name).exists() and name != workdir.private.name]
+    found += [path.name for path in workdir.private.iterdir() if path.name != "lock"]
+    if found:
         raise InputError(
-            f"Expected an empty folder {workdir.root}, got one that holds a run: choose another --workdir."
+            f"Expected an empty folder {workdir.root}, got one that holds a run ({found[0]}): choose another --workdir."
         )
     _check_source(request.source)
-    workdir.make_private()
     write_json(note, asked)
+
+
+def _read_request(note: Path) -> Any:
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(
+            f"Expected what was asked for in {note}, got something damaged: choose another --workdir."
+        ) from None
 
 
 def _check_source(source: str) -> None:

@@ -5,14 +5,13 @@ images -> Poisson batch -> K noisy copies each -> denoiser -> one loss per examp
 """
 
 import json
-import platform
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,13 +26,14 @@ from dpdm.checkpoint import TrainState
 from dpdm.config import Config, OptimConfig
 from dpdm.data.archive import ImageArchive
 from dpdm.data.prepare import prepare
+from dpdm.device import environment, execution, pick_device, use_full_precision
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
 from dpdm.errors import InputError
-from dpdm.files import fsync, write_text
-from dpdm.plan import Plan, make_plan
-from dpdm.privacy import noise
+from dpdm.files import write_text
+from dpdm.plan import Plan, check_keys, make_plan
+from dpdm.privacy import accounting, noise
 from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
 from dpdm.privacy.ledger import Ledger
 from dpdm.privacy.poisson import poisson_sample
@@ -41,7 +41,7 @@ from dpdm.progress import Progress
 from dpdm.warmup import central_images, train_on_central_images
 from dpdm.workdir import Workdir
 
-PIXELS_PER_PASS = 200_704  # 256 images of 28 x 28: enough to keep cores busy, little enough for a laptop
+PIXELS_PER_PASS = 100_352  # 128 images of 28 x 28: enough to keep cores busy, about 2 GiB with the widest network
 GRADIENT_BYTES_PER_PASS = 2**29
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
@@ -66,11 +66,12 @@ class Run:
         """Returns the ledger's name for a purchase, and the key of its randomness.
 
         Guarantee: both depend on the run's key, the data, the config, what is bought, and on how it is computed
-        (device, threads, physical batch). So the same randomness is never used for two computations that differ in
-        anything; whoever repeats a purchase with the same identity gets bit for bit the same release.
+        (code, libraries, hardware, threads, physical batch; see ``execution``). So the same randomness is not used for
+        two computations that differ; on a CPU, whoever repeats a purchase with the same identity gets the same bits.
+        The central images are exact integer sums, which no hardware changes; they depend on the code alone.
         """
-        context: tuple[str | int, ...] = (self.data_fingerprint, _training_hash(self.config), *what)
-        if self.config.dp.seed is None:
+        context: tuple[str | int, ...] = (self.data_fingerprint, configs.run_hash(self.config), *what)
+        if self.config.dp.seed is None and what[0] == "DP-SGD":
             context = (*context, self.execution, self.physical_batch_size)
         return noise.derive_key(self.key, "identity", *context).hex(), noise.derive_key(
             self.key, "randomness", *context
@@ -196,6 +197,11 @@ def announcement(run: Run) -> str:
     ]
     if plan.warmup is not None:
         lines.append(f"  Central images: one Gaussian mechanism, noise multiplier {plan.warmup.noise_multiplier:g}.")
+    if run.config.data.class_names:
+        lines.append(f"  Published as they are: the class names {', '.join(run.config.data.class_names)}.")
+    warning = accounting.check_delta_for(plan.delta, plan.dataset_size)
+    if warning:
+        lines.append(f"  Warning: {warning}")
     if run.config.dp.seed is not None:
         lines.append("  NO GUARANTEE: dp.seed is set, so anybody can compute the noise. For tests alone.")
     return "\n".join(lines)
@@ -205,9 +211,11 @@ def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
     """Returns the training images; a source that is not a prepared archive is prepared into ``private/`` first."""
     if config.data.path is None:
         raise InputError("Expected data.path, got null: give an archive, a folder of images or idx files.")
-    if workdir.train_archive.exists():
-        return ImageArchive(workdir.train_archive)
     path = Path(config.data.path)
+    if workdir.train_archive.exists():
+        if workdir.ledger.exists() or path == workdir.train_archive:
+            return ImageArchive(workdir.train_archive)
+        workdir.train_archive.unlink()  # from a run that died before it began; it may be of other images
     if path.suffix == ".zip" and path.is_file() and _is_archive(path):
         return ImageArchive(path)
     return prepare(config.data.path, workdir.train_archive)
@@ -225,22 +233,43 @@ def _open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, T
     exists = workdir.ledger.exists()
     if exists and not resume:
         raise InputError(f"Expected no run in {workdir.root}, got one: add --resume, or choose another --workdir.")
-    if resume and not exists and workdir.checkpoint.exists():
-        raise InputError(f"Expected {workdir.ledger}, found none: without it what was spent is unknown.")
+    if resume and not exists:
+        raise InputError(
+            f"Expected a run to go on with in {workdir.root}, found no {workdir.ledger.relative_to(workdir.root)}: "
+            "check --workdir, or leave out --resume to begin."
+        )
+    if not exists and workdir.checkpoint.exists():
+        raise InputError(
+            f"Expected a ledger beside {workdir.checkpoint}, found none: what was spent is unknown; choose another "
+            "--workdir."
+        )
     if config.model.network.dropout:
         raise InputError(
             f"Expected model.network.dropout=0 for training, got {config.model.network.dropout}: its randomness does "
             "not come from the keyed stream."
         )
+    check_keys(config)
+    if workdir.release.exists():
+        raise InputError(
+            f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
+        )
     device = pick_device(config.setup.device)
+    use_full_precision()
     torch.set_num_threads(config.setup.num_threads or torch.get_num_threads())
-    archive = open_archive(config, workdir)
-    config = configs.resolve(config, archive)
-    plan = make_plan(config, archive.num_images)
+    given = Path(config.data.path or "") == workdir.train_archive
+    try:
+        archive = open_archive(config, workdir)
+        config = configs.resolve(config, archive)
+        denoiser = configs.build_denoiser(config).to(device).train()
+        plan = make_plan(config, archive.num_images)
+    except InputError:
+        if not (exists or given):  # nothing was bought: leave the folder as it was found
+            workdir.train_archive.unlink(missing_ok=True)
+        raise
     fingerprint = archive.fingerprint()
-    header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": _resume_hash(config)}
+    header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": configs.run_hash(config)}
     if exists:
-        ledger = Ledger(workdir.ledger)
+        ledger = Ledger(workdir.ledger, repair=True)
         _check_header(ledger.header, header, workdir)
         key = _read_key(workdir)
     else:
@@ -248,7 +277,6 @@ def _open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, T
         key = noise.new_key() if config.dp.seed is None else noise.test_key(config.dp.seed)
         _write_key(workdir, key)
         ledger = Ledger.create(workdir.ledger, header)
-    denoiser = configs.build_denoiser(config).to(device).train()
     run = Run(
         config,
         workdir,
@@ -259,12 +287,13 @@ def _open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, T
         key,
         fingerprint,
         device,
-        execution=_execution(device),
+        execution=execution(device),
         physical_batch_size=physical_batch_size(config),
     )
     if not workdir.checkpoint.exists():
         return run, _fresh_state(denoiser)
     state, _ = checkpoint.load(workdir.checkpoint)
+    checkpoint.check_accounted(state, ledger)
     for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq, state.warmup):
         for name in group:
             group[name] = group[name].to(device)
@@ -280,8 +309,8 @@ def _warm_up(run: Run) -> TrainState:
     name, key = run.identity("central images")
     if run.ledger.spent("central images") and not run.ledger.was_charged(name):
         raise InputError(
-            "Expected the device and number of threads with which the central images were bought, got others: they "
-            "would have to be bought again; resume as the run began, or start a new one."
+            "Expected the key with which the central images were bought, got another: they would have to be bought "
+            "again; start a new run."
         )
     run.ledger.reserve(run.plan.warmup, name)
     num_classes = run.denoiser.network.num_classes
@@ -339,51 +368,6 @@ def _save(run: Run, state: TrainState) -> None:
     checkpoint.save(run.workdir.checkpoint, state, {"environment": environment(run.device)})
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Returns versions and hardware, for the reports."""
-    from importlib.metadata import version
-
-    names = ("dpdm", "torch", "numpy", "dp-accounting")
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    return {**{name: version(name) for name in names}, "python": platform.python_version(), "device": hardware}
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device called ``name``; auto is a GPU if there is one.
-
-    Raises:
-        InputError: if it cannot be used.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"Expected setup.device to be auto, cpu or a usable GPU, got {name!r}: {reason}") from None
-
-
-def _execution(device: torch.device) -> str:
-    """Returns all that float rounding may depend on, so that a step computed elsewhere is another step."""
-    parts = [torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), torch.get_num_threads()]
-    return json.dumps([*parts, str(environment(device)["device"]), device.type])
-
-
-def _training_hash(config: Config) -> str:
-    data = replace(config.data, path=None, name=None)
-    model = replace(config.model, ckpt=None)
-    return configs.fingerprint(data, model, config.loss, config.optim, config.dp, config.train)
-
-
-def _resume_hash(config: Config) -> str:
-    """Returns a hash of what may not change when a run goes on; how it is cut into pieces may."""
-    pieces = replace(config.train, physical_batch_size=None, n_splits=1, checkpoint_every=1)
-    return _training_hash(replace(config, train=pieces))
-
-
 def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) -> None:
     for part, what in (("data", "images"), ("config", "config"), ("plan", "privacy plan")):
         if old.get(part) != new[part]:
@@ -394,21 +378,22 @@ def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) ->
 
 
 def _write_key(workdir: Workdir, key: bytes) -> None:
-    write_text(workdir.key, key.hex() + "\n")
-    workdir.key.chmod(0o600)
-    fsync(workdir.private)
+    write_text(workdir.key, key.hex() + "\n", mode=0o600)
 
 
 def _read_key(workdir: Workdir) -> bytes:
     try:
-        return bytes.fromhex(workdir.key.read_text().strip())
+        key = bytes.fromhex(workdir.key.read_text().strip())
+        if len(key) != noise.KEY_BYTES:
+            raise ValueError("its length differs")
+        return key
     except FileNotFoundError:
         raise InputError(
             f"Expected the run's key at {workdir.key}, found none: it is deleted at release, after which a run is over."
         ) from None
     except ValueError:
         raise InputError(
-            f"Expected 64 hex digits in {workdir.key}, got something else: the run cannot go on."
+            f"Expected 64 hex digits in {workdir.key}, got something else: the run cannot go on; start a new one."
         ) from None
 
 

@@ -116,14 +116,16 @@ def augment(images: Tensor, config: WarmupConfig, generator: torch.Generator) ->
     )
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
-    sharpness = uniform(0.5 * config.blur) + 0.5 * config.blur + 1e-3
+    largest = config.blur * images.shape[-1]  # in pixels
+    deviation = uniform(0.5 * largest) + 0.5 * largest + 1e-3
     contrast = 1 + uniform(config.contrast)
-    return ((gaussian_blur(moved, sharpness) + 1) * contrast[:, None, None, None] - 1).clamp(-1, 1)
+    return (
+        (gaussian_blur(moved, deviation, radius=max(1, round(3 * largest))) + 1) * contrast[:, None, None, None] - 1
+    ).clamp(-1, 1)
 
 
-def gaussian_blur(images: Tensor, deviation: Tensor) -> Tensor:
+def gaussian_blur(images: Tensor, deviation: Tensor, radius: int) -> Tensor:
     """Returns (n, C, H, W) images, each blurred by its own standard deviation in pixels, (n,)."""
-    radius = 2
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-(offsets**2) / (2 * deviation[:, None] ** 2))
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)

@@ -1,6 +1,8 @@
 """Names of what a run's folder holds, and the lock that keeps two runs out of one folder."""
 
+import errno
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,18 +74,39 @@ class Workdir:
         return self.root / "shareable.html"
 
     def make_private(self) -> None:
-        self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.private.chmod(0o700)
+        """Makes ``private/``.
+
+        Raises:
+            InputError: if there is no folder to be made or written there.
+        """
+        check_folder(self.root)
+        try:
+            self.private.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.private.chmod(0o700)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise InputError(
+                f"Expected --workdir {self.root} to be a folder that can be written to, got: {error.strerror}."
+            ) from None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; the lock is gone when the process is.
+        """Holds the folder for this process; the lock is gone when the process is. May be nested.
+
+        What it made itself is removed again if an error comes before anything else was written.
 
         Raises:
-            InputError: if another process holds it.
+            InputError: if another process holds the folder, or it cannot be written to.
         """
+        root = self.root.resolve()
+        if root in _held:
+            yield
+            return
+        new = [path for path in (self.private, self.root, *self.root.parents) if not path.exists()]
         self.make_private()
-        with (self.private / "lock").open("w") as file:
+        path = self.private / "lock"
+        with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -91,4 +114,32 @@ class Workdir:
                     f"Expected no other run in {self.root}, got one that is at work: wait for it or choose another "
                     "--workdir."
                 ) from None
-            yield
+            _held.add(root)
+            try:
+                yield
+            except BaseException:
+                _remove_if_empty(path, new)
+                raise
+            finally:
+                _held.discard(root)
+
+
+_held: set[Path] = set()  # folders that this process has locked
+
+
+def _remove_if_empty(lock: Path, new: list[Path]) -> None:
+    """Removes the folders in ``new``, innermost first, as long as they hold nothing but ``lock``."""
+    if new and lock.parent.exists() and [path.name for path in lock.parent.iterdir()] == [lock.name]:
+        lock.unlink()
+    for folder in new:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises InputError unless ``folder`` is a folder that can be written to, or could be made."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"Expected {folder} to be a folder, got {existing}, which is a file: choose another one.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"Expected {folder} to be a folder that can be written to, got no permission in {existing}.")

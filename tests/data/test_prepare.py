@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -238,6 +238,7 @@ def moved_records(seed: int, key: bytes, removed: int) -> int:
 
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), key=st.binary(min_size=32, max_size=32), removed=st.integers(0, 49))
+@example(seed=0, key=KEY, removed=10)
 def test_no_record_moves_another(seed: int, key: bytes, removed: int) -> None:
     assert moved_records(seed, key, removed) == 0
 

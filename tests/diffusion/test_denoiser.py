@@ -100,8 +100,8 @@ def test_one_sigma_for_all_or_one_for_each(small_denoiser: Denoiser, kind: Denoi
     denoiser = Denoiser(small_denoiser.network, kind)
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 3])
     each: Tensor = denoiser(x, torch.tensor([0.3, 5.0]), labels)
-    torch.testing.assert_close(each[:1], denoiser(x[:1], 0.3, labels[:1]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(each[1:], denoiser(x[1:], torch.tensor(5.0), labels[1:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(each[:1], denoiser(x[:1], 0.3, labels[:1]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(each[1:], denoiser(x[1:], torch.tensor(5.0), labels[1:]), rtol=1e-3, atol=1e-4)
 
 
 def test_bad_settings_are_refused(small_denoiser: Denoiser) -> None:

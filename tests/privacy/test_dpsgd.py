@@ -115,6 +115,14 @@ def test_the_norm_bound_holds_exactly_in_float32() -> None:
             assert float(flat(sums).norm()) <= 1.0
 
 
+@pytest.mark.parametrize("clip", [1e-30, 1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("value", [1e-40, 1e-20, 1e34, 1e35, 3e36, 3e37, 3e38])
+def test_the_norm_bound_holds_where_floats_lose_digits(value: float, clip: float) -> None:
+    for size in (1000, 77_777):
+        sums, _ = clip_and_sum([torch.full((1, size), value)], clip)
+        assert float(flat(sums).norm()) <= clip
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 def test_a_gradient_that_is_not_finite_contributes_zero(bad: float) -> None:
     good = torch.ones(3, 4)

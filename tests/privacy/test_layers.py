@@ -106,6 +106,7 @@ def test_layers_without_a_rule_are_refused_by_name(
         lambda p: p * 2,
         lambda p: p.t(),
         lambda p: torch.stack([p, p]),
+        lambda p: torch.cat(tensors=[p, p]),
         lambda p: F.linear(torch.zeros(2, 3), p * 1.0),
         lambda p: p.sum(),
         lambda p: torch.einsum("ij,bj->bi", p, torch.zeros(2, 3)),

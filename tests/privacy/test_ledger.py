@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def test_purchases_are_on_disk_when_reserve_returns(ledger: Ledger) -> None:
     assert again.mechanisms() == [STEP]
     assert again.header == {"dataset_size": 100}
     assert again.was_charged("a")
+
+
+def test_a_purchase_is_synced_before_reserve_returns(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(ledger.path.read_bytes()))
+    ledger.reserve(STEP, "a")
+    assert synced
+    assert synced[-1] == ledger.path.read_bytes()  # the line was whole when it was synced
 
 
 def test_only_an_identical_step_is_free(ledger: Ledger) -> None:
@@ -49,6 +58,11 @@ def test_a_reservation_that_was_being_written_is_dropped(ledger: Ledger) -> None
     for cut in range(len(whole), len(full)):
         ledger.path.write_bytes(full[:cut])
         assert Ledger(ledger.path).spent("DP-SGD") == 1
+        assert ledger.path.read_bytes() == full[:cut]  # whoever only looks changes nothing
+        if cut > len(whole):
+            with pytest.raises(RunError, match="repair"):
+                Ledger(ledger.path).reserve(STEP, "c")
+        assert Ledger(ledger.path, repair=True).spent("DP-SGD") == 1
         assert ledger.path.read_bytes() == whole
     ledger.path.write_bytes(full)
     assert Ledger(ledger.path).spent("DP-SGD") == 2

@@ -52,8 +52,8 @@ def preconditioning(
             c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
             return c_skip, sigma * sigma_data / total, 1 / total, sigma.log() / 4
         case "v":
-            # arctan(sigma) would keep more digits of c_noise at small sigma, yet published weights were trained
-            # with the arccosine, and float32's error in it is below 1e-4 at sigma > 0.001, which the network cannot resolve.
+            # arctan(sigma) would keep more digits, but the original has the arccosine. In float32 its error is
+            # below 1e-4 at sigma > 0.001, which is nothing to the network: its fastest sinusoid has frequency 1.
             return 1 / (sigma**2 + 1), sigma / unit, 1 / unit, (1 / unit).arccos() * 2 / math.pi
         case "vp":
             c_noise = (VP_STEPS - 1) * vp_time(sigma, beta_min=beta_min, beta_d=beta_d)

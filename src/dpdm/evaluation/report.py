@@ -153,7 +153,7 @@ def write_private_report(path: Path, report: PrivateReport) -> None:
         curves=_curves(report),
         spent=_spent(report),
     )
-    write_text(path, words)
+    write_text(path, words, mode=0o600)
 
 
 def write_shareable_report(path: Path, report: SharedReport) -> None:

@@ -10,7 +10,8 @@ from dpdm.errors import InputError
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.noise import derive_key, gaussian_noise, random_words
 
-GRID = 2.0**40  # sums of up to 2^22 vectors in [0, 1] fit 63 bits
+GRID = 2.0**40
+LARGEST_DATASET = 2**22  # so many vectors in [0, 1], in units of the grid, fit 63 bits
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class WarmupConfig:
         learning_rate: of Adam, for these steps.
         ema_rate: of the weights' moving average, with which DP-SGD begins.
         augmentation: strength of the random rotations, shears, scalings and shifts of a mean; 0 is off.
-        blur: largest standard deviation of its random Gaussian blur, in pixels.
+        blur: largest standard deviation of its random Gaussian blur, as a share of the side.
         contrast: largest relative change of its contrast.
     """
 
@@ -40,7 +41,7 @@ class WarmupConfig:
     learning_rate: float = 1e-3
     ema_rate: float = 0.99
     augmentation: float = 1.0
-    blur: float = 0.7
+    blur: float = 0.09
     contrast: float = 0.2
 
     def __post_init__(self) -> None:
@@ -94,6 +95,10 @@ def noisy_class_means(
     Returns:
         (num_classes * means_per_class, D) float64, class-major; not limited to [0, 1].
     """
+    if dataset_size > LARGEST_DATASET:
+        raise InputError(
+            f"Expected at most {LARGEST_DATASET} images for central images, got {dataset_size}: turn off train.warmup."
+        )
     cells = (random_words(derive_key(key, "cells"), dataset_size) % np.uint64(means_per_class)).astype(np.int64)
     if labels is not None:
         cells += labels.astype(np.int64) * means_per_class

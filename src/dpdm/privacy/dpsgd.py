@@ -22,10 +22,12 @@ from dpdm.privacy.poisson import physical_batches
 # sensitivity of what is *computed* is at most C. Contributions, as multiples of the unit roundoffs u32 = 2^-24 and
 # u64 = 2^-53, for a batch of n examples and P parameters:
 #   norm in float64               P u64       < 1e-8 for P < 9e7
-#   scale and product in float32  3 u32       < 1.8e-7
+#   scale and product in float32  3 u32       < 1.8e-7, if the scale is no denormal number: see LARGEST_RATIO
 #   summation in float64          2 n^2 u64   < 5e-7 for n < 47,000 (all roundings of both neighbouring sums)
 TAU = 1e-6
 LARGEST_BATCH = 47_000
+LARGEST_RATIO = 2.0**125  # of norm to C: float32 holds C / norm in full precision down to 2^-126
+SMALLEST_CLIPPING_NORM = 1e-30  # products may be denormal numbers: sqrt(P) 2^-150 < 1e-7 C
 
 PerExampleLoss = Callable[[np.ndarray], Tensor]
 
@@ -59,8 +61,10 @@ class DPConfig:
             raise InputError(f"Expected a finite dp.noise_multiplier > 0, got {self.noise_multiplier}.")
         if not 0 < self.delta < 1:
             raise InputError(f"Expected 0 < dp.delta < 1, got {self.delta}.")
-        if not (self.clipping_norm > 0 and math.isfinite(self.clipping_norm)):
-            raise InputError(f"Expected a finite dp.clipping_norm > 0, got {self.clipping_norm}.")
+        if not SMALLEST_CLIPPING_NORM <= self.clipping_norm < math.inf:
+            raise InputError(
+                f"Expected a finite dp.clipping_norm >= {SMALLEST_CLIPPING_NORM}, got {self.clipping_norm}."
+            )
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def private_gradient(
     """
     if len(batch) > LARGEST_BATCH:
         raise InputError(
-            f"Expected a batch of at most {LARGEST_BATCH} images (rounding is bounded up to there), got {len(batch)}."
+            f"Expected a batch of at most {LARGEST_BATCH} images (rounding is bounded up to there), got more."
         )
     sums = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in parameters.values()]
     losses: list[Tensor] = []
@@ -158,30 +162,30 @@ def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float) -> t
     sum_b g_b * min(1, C / ((1 + TAU) ||g_b||)).
 
     Guarantee: adding or removing one example moves the computed sum by at most ``clipping_norm`` in L2 norm, float
-    rounding included (see TAU). An example whose gradient is not finite contributes zero.
+    rounding included (see TAU). An example whose gradient is not finite, or above 2^125 C, contributes zero.
 
     Args:
         per_example_grads: one (b, *shape) per parameter, float32; overwritten. b may be 0.
-        clipping_norm: C > 0.
+        clipping_norm: C >= 1e-30.
 
     Returns:
         Sums, one (*shape) float64 per parameter, to be divided by the expected, never the actual, batch size; and the
         norms before clipping, (b,) float64, which are private.
 
     Raises:
-        ValueError: if ``clipping_norm`` is not positive.
+        ValueError: if ``clipping_norm`` is out of range.
     """
-    if not clipping_norm > 0:
-        raise ValueError(f"Expected clipping_norm > 0, got {clipping_norm}.")
+    if not SMALLEST_CLIPPING_NORM <= clipping_norm < math.inf:
+        raise ValueError(f"Expected {SMALLEST_CLIPPING_NORM} <= clipping_norm < inf, got {clipping_norm}.")
     flat = [g.reshape(len(g), -1) for g in per_example_grads]
     squares = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for g in flat])
     norms = squares.sum(0).sqrt()
     scale = (clipping_norm / ((1 + TAU) * norms)).clamp(max=1.0).float()
-    finite = torch.isfinite(norms)
-    if not bool(finite.all()):
+    usable = norms <= LARGEST_RATIO * clipping_norm  # not for NaN
+    if not bool(usable.all()):
         for g in flat:  # 0 * inf would be NaN
-            g[~finite] = 0.0
-        scale[~finite] = 0.0
+            g[~usable] = 0.0
+        scale[~usable] = 0.0
     sums = [
         g.mul_(scale[:, None]).sum(0, dtype=torch.float64).view(like.shape[1:])
         for g, like in zip(flat, per_example_grads, strict=True)

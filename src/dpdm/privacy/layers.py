@@ -25,7 +25,8 @@ def per_example(parameters: Mapping[str, Tensor], num_examples: int) -> Iterator
     """Yields one leaf (B, *shape) per parameter, in order: gradients with respect to it are per example.
 
     Guarantee: with a loss that is a sum of per-example losses, row b of a leaf's gradient is the gradient of example
-    b's own loss. Batch statistics, and every use of a parameter by another way, are refused.
+    b's own loss. Batch norm, instance norm and every use of a parameter by another way are refused. (A network that
+    mixes examples without a parameter, by ``x.mean(0)`` say, is not noticed here; ours is tested not to.)
 
     Args:
         parameters: by name; those to be differentiated.
@@ -56,8 +57,9 @@ class _PerExampleMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        used = [id(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and id(a) in self._names]
-        used += [id(a) for group in args if isinstance(group, list | tuple) for a in group if id(a) in self._names]
+        given = [*args, *kwargs.values()]
+        given += [item for value in given if isinstance(value, list | tuple) for item in value]
+        used = [id(value) for value in given if isinstance(value, Tensor) and id(value) in self._names]
         if func in COUPLING:
             raise ValueError(
                 f"Expected layers that treat each example alone, got {resolve_name(func)}: use group norm."

@@ -30,8 +30,8 @@ class Ledger:
         header: what the purchases are about: data fingerprint, dataset_size, budget; private.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Opens an existing ledger.
+    def __init__(self, path: Path, *, repair: bool = False) -> None:
+        """Opens an existing ledger; ``repair`` cuts off a line that was being written, which needs the folder's lock.
 
         Raises:
             RunError: if it is missing or damaged.
@@ -52,7 +52,8 @@ class Ledger:
             self._read(line, number)
         if not lines:
             raise RunError(f"Expected ledger {path} to begin with a header, found none: it is damaged.")
-        if torn:
+        self._torn = bool(torn) and not repair
+        if torn and repair:
             with path.open("r+b") as file:
                 file.truncate(len(content) - len(torn))
                 os.fsync(file.fileno())
@@ -80,6 +81,8 @@ class Ledger:
             raise ValueError(f"Expected a purchase of one step, got {mechanism.num_steps}.")
         if identity in self._identities:
             return False
+        if self._torn:
+            raise RunError(f"Expected ledger {self.path} to end with a whole line: open it with repair=True.")
         entry = {"previous": self._last, "spend": mechanism.as_dict(), "identity": identity}
         line = json.dumps(entry, sort_keys=True).encode() + b"\n"
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)

@@ -1,0 +1,151 @@
+"""``dpdm account``: noise for a budget, epsilon for a noise, the total of several runs. Imports no torch."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpdm.errors import InputError
+from dpdm.privacy import accounting
+from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.ledger import Ledger
+
+# Beyond these the accountant needs minutes and gigabytes for an answer that means nothing: an epsilon of 100 promises
+# no more than an epsilon of 1000, and one below 0.001 is less than the accountant resolves.
+EPSILON_RANGE = (1e-3, 100.0)
+NOISE_MULTIPLIER_RANGE = (0.1, 1e5)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to account for; the names are those of the command line's options.
+
+    Attributes:
+        dataset_size, batch_size: N and q N.
+        epochs, iterations: exactly one of the two.
+        epsilon, noise_multiplier: exactly one of the two; the other one is the answer.
+        delta: None: the power of ten at or below min(1e-5, 1/(10 N)).
+        warmup_noise_multiplier: of central images that are bought beside; None: none are.
+    """
+
+    dataset_size: int | None
+    batch_size: int | None
+    epochs: float | None
+    iterations: int | None
+    epsilon: float | None
+    noise_multiplier: float | None
+    delta: float | None
+    warmup_noise_multiplier: float | None
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """Returns noise multiplier, epsilon, delta, sampling rate and number of steps.
+
+    Raises:
+        InputError: for what is missing, given twice or out of range.
+    """
+    size, batch = question.dataset_size, question.batch_size
+    if size is None or batch is None:
+        raise InputError("Expected --dataset-size and --batch-size, got not both: give both, or --compose FILE.")
+    if size < 1:
+        raise InputError(f"Expected --dataset-size >= 1, got {size}.")
+    if (question.epochs is None) == (question.iterations is None):
+        given = "neither" if question.epochs is None else "both"
+        raise InputError(f"Expected one of --epochs and --iterations, got {given}: give exactly one.")
+    check_target(question.epsilon, question.noise_multiplier, "--epsilon", "--noise-multiplier")
+    delta = accounting.default_delta(size) if question.delta is None else question.delta
+    warning = accounting.check_delta_for(delta, size)
+    if warning:
+        print(f"dpdm: warning: {warning}", file=sys.stderr)
+    if not 1 <= batch <= size:
+        raise InputError(f"Expected 1 <= --batch-size <= --dataset-size {size}, got {batch}.")
+    rate = accounting.sampling_rate(batch, size)
+    steps = question.iterations
+    if steps is None:
+        steps = steps_of("--epochs", question.epochs or 0.0, size, batch)
+    if steps < 1:
+        raise InputError(f"Expected --iterations >= 1, got {steps}.")
+    others = []
+    if question.warmup_noise_multiplier is not None:
+        check_noise_multiplier(question.warmup_noise_multiplier, "--warmup-noise-multiplier")
+        others.append(Mechanism("central images", 1.0, question.warmup_noise_multiplier, 1))
+    noise_multiplier = question.noise_multiplier
+    if noise_multiplier is None:
+        assert question.epsilon is not None  # exactly one of the two is given
+        noise_multiplier = accounting.calibrate_noise_multiplier(question.epsilon, delta, rate, steps, others=others)
+    spent = accounting.epsilon_spent([*others, Mechanism("DP-SGD", rate, noise_multiplier, steps)], delta)
+    return {
+        "noise_multiplier": noise_multiplier,
+        "epsilon": spent,
+        "delta": delta,
+        "sampling_rate": rate,
+        "num_steps": steps,
+    }
+
+
+def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
+    """Returns the total of several ledgers (.jsonl) and statements (privacy.json), at the largest of their deltas.
+
+    Raises:
+        InputError: naming the file that is neither.
+        RunError: if a ledger is damaged.
+    """
+    mechanisms: list[Mechanism] = []
+    deltas = [] if delta is None else [delta]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"Expected a ledger or a statement at {file}, found none: check --compose.")
+        try:
+            if file.suffix == ".jsonl":
+                ledger = Ledger(file)
+                mechanisms += ledger.mechanisms()
+                deltas.append(float(ledger.header["plan"]["delta"]))
+            else:
+                statement = json.loads(file.read_text(encoding="utf-8"))
+                mechanisms += [Mechanism(**m) for m in statement["mechanisms"]]
+                deltas.append(float(statement["delta"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"Expected a ledger (.jsonl) or a privacy.json in {file}, got {error!r}.") from None
+    delta = delta if delta is not None else max(deltas)
+    return {"epsilon": accounting.epsilon_spent(mechanisms, delta), "delta": delta, "num_runs": len(files)}
+
+
+def check_target(
+    epsilon: float | None, noise_multiplier: float | None, epsilon_name: str, noise_multiplier_name: str
+) -> None:
+    """Raises InputError unless exactly one of budget and noise is given, and is one that can be accounted for."""
+    if (epsilon is None) == (noise_multiplier is None):
+        given = "neither" if epsilon is None else "both"
+        raise InputError(f"Expected one of {epsilon_name} and {noise_multiplier_name}, got {given}: give exactly one.")
+    if epsilon is not None:
+        low, high = EPSILON_RANGE
+        if not low <= epsilon <= high:
+            raise InputError(
+                f"Expected {low:g} <= {epsilon_name} <= {high:g}, got {epsilon:g}: less than that no noise reaches, "
+                "more protects nobody; 1 to 10 is common."
+            )
+    if noise_multiplier is not None:
+        check_noise_multiplier(noise_multiplier, noise_multiplier_name)
+
+
+def check_noise_multiplier(noise_multiplier: float, name: str) -> None:
+    """Raises InputError for a noise multiplier that cannot be accounted for."""
+    low, high = NOISE_MULTIPLIER_RANGE
+    if not low <= noise_multiplier <= high:
+        raise InputError(
+            f"Expected {low:g} <= {name} <= {high:g}, got {noise_multiplier:g}: less noise protects nobody, more "
+            "leaves nothing to learn."
+        )
+
+
+def steps_of(name: str, num_epochs: float, dataset_size: int, expected_batch_size: int) -> int:
+    """Returns the steps of so many epochs; raises InputError under the option's or key's ``name`` if there are none."""
+    if not (num_epochs > 0 and math.isfinite(num_epochs)):
+        raise InputError(f"Expected a finite {name} > 0, got {num_epochs}.")
+    steps = accounting.num_iterations(num_epochs, dataset_size, expected_batch_size)
+    if steps < 1:
+        raise InputError(f"Expected {name} to be enough for one step, got {num_epochs:g}: train for longer.")
+    return steps

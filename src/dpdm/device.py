@@ -1,0 +1,79 @@
+"""The machine that a run is on: its device, and everything that the rounding of a computation may depend on."""
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from dpdm.errors import InputError
+
+LIBRARIES = ("dpdm", "torch", "numpy", "cryptography", "dp-accounting")
+ROUNDING_VARIABLES = ("ATEN_", "ONEDNN_", "DNNL_", "MKL_", "OMP_", "CUBLAS_", "CUDNN_", "NVIDIA_", "TORCH_")
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called ``name``; auto is a GPU if there is one.
+
+    Raises:
+        InputError: if it cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"Expected setup.device to be auto, cpu or a usable GPU, got {name!r}: {reason}") from None
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Returns versions and hardware, for the reports."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version(), "device": hardware}
+
+
+def use_full_precision() -> None:
+    """Turns TF32 off: it rounds to 10 bits, far more coarsely than the bound on the sensitivity allows for."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def execution(device: torch.device) -> str:
+    """Returns all that rounding may depend on, so that a step computed otherwise is another step.
+
+    On a CPU the same string means the same bits. On other devices kernels may add in any order, so there each process
+    is told apart: a step that is repeated after a crash is a new one, with its own randomness, and is charged.
+    """
+    facts = {
+        "environment": environment(device),
+        "code": _code_hash(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ROUNDING_VARIABLES)},
+        "process": "" if device.type == "cpu" else secrets.token_hex(16),
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _code_hash() -> str:
+    sha = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return sha.hexdigest()

@@ -1,0 +1,160 @@
+"""Keys, types, files and overrides: what is wrong is named in one line, what is right survives being written."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dpdm import config as configs
+from dpdm.config import Config
+from dpdm.errors import InputError
+from dpdm.plan import make_plan
+
+
+def test_defaults_are_those_of_the_dataclasses() -> None:
+    assert configs.load() == Config()
+
+
+def test_later_files_win_over_earlier_and_overrides_over_files(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {num_iterations: 1, n_splits: 2}\nmodel: {network: {width: 8}}\n")
+    (tmp_path / "b.yaml").write_text("train: {num_iterations: 3}\n")
+    config = configs.load([tmp_path / "a.yaml", str(tmp_path / "b.yaml")], ["model.network.width=16", "dp.epsilon=1"])
+    assert (config.train.num_iterations, config.train.n_splits) == (3, 2)
+    assert (config.model.network.width, config.dp.epsilon) == (16, 1.0)
+    assert dataclasses.replace(config.model.network, width=32) == Config().model.network
+
+
+def test_a_saved_config_is_read_back_the_same(tmp_path: Path) -> None:
+    overrides = ["dp.delta=1e-7", "model.network.channel_multipliers=[1,3]", "sampler.s_max=.inf", "data.name='é: # x'"]
+    config = configs.load([], overrides)
+    configs.save(config, tmp_path / "config.yaml")
+    again = configs.load([tmp_path / "config.yaml"])
+    assert again == config
+    assert configs.run_hash(again) == configs.run_hash(config)
+    assert again.model.network.channel_multipliers == (1, 3)
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").rglob("*.yaml")), ids=str)
+def test_shipped_configs_load(file: Path) -> None:
+    assert configs.load([file]) != Config()
+
+
+@pytest.mark.parametrize("key", ["train.num_iterations=9", "dp.delta=1e-9", "model.ema_rate=0.5", "train.seed=3"])
+def test_what_makes_another_run_changes_its_hash(key: str) -> None:
+    assert configs.run_hash(configs.load([], [key])) != configs.run_hash(Config())
+
+
+@pytest.mark.parametrize("key", ["data.path=x", "train.physical_batch_size=3", "setup.num_threads=1", "sampler.rho=3"])
+def test_what_makes_no_other_run_keeps_its_hash(key: str) -> None:
+    assert configs.run_hash(configs.load([], [key])) == configs.run_hash(Config())
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("train.nmu_iterations=3", ["train.nmu_iterations", "did you mean train.num_iterations?"]),
+        ("num_iterations=3", ["did you mean train.num_iterations?"]),
+        ("learning_rate=3", ["did you mean", "learning_rate?"]),
+        ("qwertz=3", ["qwertz", "the sections are data, model"]),
+        ("train..x=1", ["section.key=value"]),
+        ("=3", ["section.key=value"]),
+        ("[=3", ["section.key=value"]),
+        ("dp.epsilon", ["section.key=value"]),
+        ("train=3", ["train", "section", "such as train.expected_batch_size"]),
+        ("model.network=null", ["model.network", "section"]),
+        ("train.num_iterations=abc", ["train.num_iterations", "'abc'", "Integer"]),
+        ("train.num_iterations=1.5", ["train.num_iterations", "1.5"]),
+        ("dp.delta=null", ["dp.delta", "None"]),
+        ("train.num_iterations=[1", ["train.num_iterations", "'[1'"]),
+        ("data.path=${foo}", ["data.path", "foo"]),
+        ("model.network.channel_multipliers=3", ["channel_multipliers", "3"]),
+        ("optim.schedule=cosine", ["optim.schedule", "cosine", "linear"]),
+        ("model.denoiser=xyz", ["model.denoiser", "xyz", "edm"]),
+        ("train.num_iterations=0", ["train.num_iterations > 0", "got 0"]),
+        ("train.num_epochs=nan", ["train.num_epochs", "nan"]),
+        ("train.num_epochs=.inf", ["train.num_epochs", "inf"]),
+        ("train.expected_batch_size=0", ["train.expected_batch_size"]),
+        ("train.seed=99999999999999999999", ["train.seed"]),
+        ("optim.learning_rate=nan", ["optim.learning_rate", "nan"]),
+        ("optim.weight_decay=.inf", ["optim.weight_decay", "inf"]),
+        ("dp.epsilon=0", ["dp.epsilon > 0", "got 0"]),
+        ("dp.epsilon=-1", ["dp.epsilon > 0"]),
+        ("dp.epsilon=nan", ["dp.epsilon", "nan"]),
+        ("dp.noise_multiplier=.inf", ["dp.noise_multiplier", "inf"]),
+        ("dp.delta=0", ["dp.delta"]),
+        ("dp.clipping_norm=.inf", ["dp.clipping_norm"]),
+        ("data.num_classes=-2", ["data.num_classes >= 0", "got -2"]),
+        ("data.resolution=0", ["data.resolution >= 1"]),
+        ("model.ema_rate=1", ["model.ema_rate"]),
+        ("setup.num_threads=0", ["setup.num_threads"]),
+    ],
+)
+def test_bad_overrides_are_named_in_one_line(override: str, names: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        configs.load([], [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [name for name in names if name not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("model:\n", ["model", "section"]),
+        ("- 1\n", ["list"]),
+        ("a: [", ["YAML"]),
+        ("dp: 3", ["dp", "section", "3"]),
+        ("dp: {epsilon: abc}", ["dp.epsilon", "abc"]),
+        ("1: 2", ["known key", "got 1"]),
+        ("train: {nsplits: 1}", ["did you mean train.n_splits?"]),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, content: str, names: list[str]) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError) as caught:
+        configs.load([file])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [name for name in [str(file), *names] if name not in message] == []
+
+
+def test_a_missing_folder_or_binary_file_is_no_config(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name in ("missing.yaml", "binary.yaml", ""):
+        with pytest.raises(InputError, match=r"config file|YAML file"):
+            configs.load([tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.num_iterations=2"], "got neither"),
+        (["dp.epsilon=1", "dp.noise_multiplier=1", "train.num_iterations=2"], "got both"),
+        (["dp.epsilon=1"], r"train.num_epochs or train.num_iterations"),
+        (["dp.epsilon=1000", "train.num_iterations=2"], "dp.epsilon <= 100"),
+        (["dp.epsilon=1e-9", "train.num_iterations=2"], "no noise reaches"),
+        (["dp.noise_multiplier=1e-9", "train.num_iterations=2"], "0.1 <= dp.noise_multiplier"),
+        (
+            [
+                "dp.noise_multiplier=1",
+                "train.num_iterations=2",
+                "train.warmup.enabled=true",
+                "train.warmup.noise_multiplier=0.001",
+            ],
+            "0.1 <= train.warmup.noise_multiplier",
+        ),
+        (["dp.noise_multiplier=1", "train.num_iterations=2", "dp.delta=0.001"], "delta < 1/N = 0.001 for 1000"),
+        (["dp.noise_multiplier=1", "train.num_iterations=2", "train.expected_batch_size=1001"], "<= 1000"),
+        (["dp.noise_multiplier=1", "train.num_epochs=1e-9"], "train.num_epochs to be enough for one step"),
+    ],
+)
+def test_a_run_that_cannot_be_planned_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_plan(configs.load([], overrides), 1000)
+
+
+def test_iterations_override_epochs_in_the_plan() -> None:
+    keys = ["dp.noise_multiplier=2", "train.expected_batch_size=100", "train.num_epochs=3"]
+    assert make_plan(configs.load([], keys), 1000).num_iterations == 30
+    assert make_plan(configs.load([], [*keys, "train.num_iterations=7"]), 1000).num_iterations == 7

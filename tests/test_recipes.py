@@ -1,0 +1,55 @@
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from dpdm import config
+from dpdm.plan import make_plan
+from dpdm.privacy.accounting import Mechanism, default_delta, epsilon_spent
+from dpdm.recipes import gaussian_noise_multiplier, recipe
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dataset_size=st.integers(10, 2_000_000),
+    resolution=st.integers(4, 256),
+    num_channels=st.sampled_from([1, 3]),
+    num_classes=st.sampled_from([0, 1, 2, 10, 1000]),
+    epsilon=st.floats(0.05, 50),
+)
+def test_every_recipe_is_a_config_that_fits_its_data(
+    dataset_size: int, resolution: int, num_channels: int, num_classes: int, epsilon: float
+) -> None:
+    values = recipe(
+        dataset_size=dataset_size,
+        resolution=resolution,
+        num_channels=num_channels,
+        num_classes=num_classes,
+        epsilon=epsilon,
+        delta=default_delta(dataset_size),
+    )
+    data = [f"data.resolution={resolution}", f"data.num_channels={num_channels}", f"data.num_classes={num_classes}"]
+    loaded = config.load([], [*values, *data])
+    assert 1 <= loaded.train.expected_batch_size <= dataset_size
+    # The warm-up is affordable: at most about a ninth of the budget.
+    share = epsilon_spent([loaded.train.warmup.mechanism()], default_delta(dataset_size))
+    assert share < 0.5 * epsilon
+    if resolution <= 64 and num_channels == 1:
+        config.build_denoiser(loaded)
+
+
+def test_the_recipe_of_the_digits_can_be_planned() -> None:
+    values = recipe(dataset_size=1497, resolution=8, num_channels=1, num_classes=10, epsilon=10, delta=1e-5)
+    plan = make_plan(config.load([], [*values, "dp.epsilon=10"]), 1497)
+    assert plan.epsilon <= 10
+    assert plan.warmup is not None
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.2, 1.0, 10.0, 100.0])
+def test_gaussian_noise_multiplier_against_the_accountant(epsilon: float) -> None:
+    sigma = gaussian_noise_multiplier(epsilon, 1e-5)
+    assert epsilon_spent([Mechanism("x", 1.0, sigma, 1)], 1e-5) == pytest.approx(epsilon, rel=5e-3)
+    a, b = 0.5 / sigma, epsilon * sigma
+    assert norm.cdf(a - b) - math.exp(epsilon + norm.logcdf(-a - b)) == pytest.approx(1e-5, rel=1e-4)

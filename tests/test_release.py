@@ -1,0 +1,236 @@
+"""What leaves the house, and what does not."""
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from dpdm import checkpoint, train
+from dpdm import config as configs
+from dpdm.data.archive import ArchiveWriter
+from dpdm.errors import InputError, RunError
+from dpdm.privacy.accounting import epsilon_spent
+from dpdm.privacy.ledger import Ledger
+from dpdm.release import load_config, load_denoiser, make_release, verify
+from dpdm.workdir import Workdir
+
+SECRET_SEED = 5_553_217
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workdir:
+    """A run of three steps after a warm-up, not released yet."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("owner-of-secrets")
+    random = np.random.default_rng(0)
+    with ArchiveWriter(root / "images.zip", ["a", "b"]) as writer:
+        for index in range(40):
+            writer.add(random.integers(0, 256, (1, 8, 8), np.uint8), index % 2)
+    overrides = [
+        f"data.path={root / 'images.zip'}",
+        "data.name=squares",
+        "dp.noise_multiplier=2.5",
+        "train.num_iterations=3",
+        "train.expected_batch_size=10",
+        f"train.seed={SECRET_SEED}",
+        f"sampler.seed={SECRET_SEED}",
+        "train.warmup.enabled=true",
+        "train.warmup.num_iterations=2",
+        "loss.noise_multiplicity=2",
+        "model.network.width=4",
+        "model.network.channel_multipliers=[1]",
+        "model.network.num_res_blocks=1",
+        "setup.device=cpu",
+        "setup.num_threads=1",
+    ]
+    workdir = Workdir(root / "run")
+    train.train(configs.load([], overrides), workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished: Workdir, tmp_path: Path) -> Workdir:
+    shutil.copytree(finished.root, tmp_path / "run")
+    return Workdir(tmp_path / "run")
+
+
+def test_a_release_holds_the_allow_list_and_is_consistent(workdir: Workdir) -> None:
+    release = make_release(workdir)
+    assert {p.name for p in release.iterdir()} == {"model.safetensors", "config.json", "privacy.json", "README.md"}
+    statement, problems = verify(release)
+    assert problems == []
+    assert set(statement["files"]) == {"model.safetensors", "config.json", "README.md"}
+
+
+def test_the_weights_are_the_moving_average_and_nothing_else(workdir: Workdir) -> None:
+    state, _ = checkpoint.load(workdir.checkpoint)
+    release = make_release(workdir)
+    with safe_open(release / "model.safetensors", framework="pt") as file:
+        released = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        assert not file.metadata()
+    network = load_denoiser(release).network
+    assert set(released) == {name for name, _ in network.named_parameters()}
+    for name, tensor in released.items():
+        assert torch.equal(tensor, state.ema[name])
+        assert torch.equal(tensor, dict(network.named_parameters())[name])
+    # Otherwise the comparison would not tell the groups of the checkpoint apart.
+    assert any(not torch.equal(state.ema[name], state.parameters[name]) for name in released)
+
+
+def test_the_statement_tells_all_that_was_bought(workdir: Workdir) -> None:
+    statement, _ = verify(make_release(workdir))
+    bought = Ledger(workdir.ledger).mechanisms()
+    assert statement["mechanisms"] == [m.as_dict() for m in bought]
+    assert {(m.name, m.sampling_rate, m.noise_multiplier, m.num_steps) for m in bought} == {
+        ("DP-SGD", 0.25, 2.5, 3),
+        ("central images", 1.0, 5.0, 1),
+    }
+    assert statement["epsilon"] == pytest.approx(epsilon_spent(bought, 1e-5))
+    assert (statement["delta"], statement["dataset_size"], statement["clipping_norm"]) == (1e-5, 40, 1.0)
+
+
+def test_no_path_seed_key_or_fingerprint_is_in_a_release(workdir: Workdir) -> None:
+    ledger = Ledger(workdir.ledger)
+    last = json.loads(workdir.ledger.read_text().splitlines()[-1])
+    secrets = {
+        "a folder": "owner-of-secrets",
+        "the workdir": str(workdir.root),
+        "a seed": str(SECRET_SEED),
+        "the key": workdir.key.read_text().strip(),
+        "the fingerprint of the data": ledger.header["data"],
+        "an identity": last["identity"],
+        "an entry of the set-up": "num_threads",
+        "a private curve": "clip_fraction",
+    }
+    release = make_release(workdir)
+    for path in release.iterdir():
+        content = path.read_bytes()
+        for what, secret in secrets.items():
+            assert secret.encode() not in content, f"{what} is in {path.name}"
+    config = load_config(release)
+    assert (config.data.path, config.dp.seed, config.train.seed, config.sampler.seed) == (None, None, 0, 0)
+    assert config.data.name == "squares"
+
+
+def test_keys_are_deleted_at_release_and_the_run_is_over(workdir: Workdir) -> None:
+    workdir.holdout_key.write_text("ab" * 32)
+    make_release(workdir)
+    assert not workdir.key.exists()
+    assert not workdir.holdout_key.exists()
+    with pytest.raises(InputError, match="released once"):
+        make_release(workdir)
+    with pytest.raises(InputError, match="is over"):
+        train.train(configs.load([workdir.config]), workdir, resume=True)
+
+
+def test_private_files_are_for_the_owner_alone(workdir: Workdir) -> None:
+    assert stat.S_IMODE(workdir.private.stat().st_mode) == 0o700
+    assert stat.S_IMODE(workdir.key.stat().st_mode) == 0o600
+
+
+def test_a_run_with_public_noise_is_not_released(finished: Workdir, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "seeded")
+    train.train(configs.load([finished.config], ["dp.seed=7"]), workdir)
+    with pytest.raises(InputError, match=r"dp\.seed=null for a release, got 7"):
+        make_release(workdir)
+    assert not workdir.release.exists()
+    # Nor by taking the seed out of the file afterwards.
+    config = workdir.config.read_text()
+    assert config.count("seed: 7") == 1
+    workdir.config.write_text(config.replace("seed: 7", "seed: null"))
+    with pytest.raises(RunError, match="undo the change"):
+        make_release(workdir)
+    assert not workdir.release.exists()
+
+
+def test_without_a_whole_ledger_nothing_is_released(workdir: Workdir) -> None:
+    content = workdir.ledger.read_bytes()
+    lines = content.splitlines(keepends=True)
+    damaged = [
+        None,
+        content.replace(b"2.5", b"9.5", 1),
+        b"".join(lines[1:]),
+        b"".join(lines[:-1]),  # the last step is missing: no hash tells
+        lines[0],
+    ]
+    for change in damaged:
+        workdir.ledger.unlink()
+        if change is not None:
+            workdir.ledger.write_bytes(change)
+        with pytest.raises(RunError, match="ledger"):
+            make_release(workdir)
+        assert not workdir.release.exists()
+        workdir.ledger.write_bytes(content)
+    make_release(workdir)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("clipping_norm: 1.0", "clipping_norm: 0.5"),
+        ("delta: 1.0e-05", "delta: 1.0e-06"),
+        ("selection: by", "selection: not by"),
+        ("expected_batch_size: 10", "expected_batch_size: 11"),
+    ],
+)
+def test_a_changed_config_is_not_released(workdir: Workdir, old: str, new: str) -> None:
+    config = workdir.config.read_text()
+    assert config.count(old) == 1
+    workdir.config.write_text(config.replace(old, new))
+    with pytest.raises(RunError, match="undo the change"):
+        make_release(workdir)
+    assert not workdir.release.exists()
+    assert workdir.key.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "problem"),
+    [
+        ("privacy.json", '"noise_multiplier": 2.5', '"noise_multiplier": 2.4', "epsilon is"),
+        ("privacy.json", '"num_steps": 3', '"num_steps": 4', "epsilon is"),
+        ("README.md", "adding or removing", "looking at", "README.md differs"),
+        ("config.json", "squares", "circles", "config.json differs"),
+        ("notes.txt", "", "", "notes.txt is not on the allow-list"),
+        ("README.md", None, None, "README.md is missing"),
+    ],
+)
+def test_verify_names_what_does_not_fit(
+    workdir: Workdir, file: str, old: str | None, new: str | None, problem: str
+) -> None:
+    release = make_release(workdir)
+    path = release / file
+    if old is None or new is None:
+        path.unlink()
+    elif not path.exists():
+        path.write_text("loss of step 1: 0.3")
+    else:
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new))
+    _, problems = verify(release)
+    assert any(problem in found for found in problems), problems
+
+
+def test_weights_with_another_hash_are_named(workdir: Workdir) -> None:
+    release = make_release(workdir)
+    content = bytearray((release / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (release / "model.safetensors").write_bytes(content)
+    assert verify(release)[1] == ["model.safetensors differs from the statement's hash"]
+
+
+def test_what_is_no_release_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="statement"):
+        verify(tmp_path)
+    with pytest.raises(InputError, match="release folder or a weights file"):
+        load_denoiser(tmp_path)
+    (tmp_path / "privacy.json").write_text('{"epsilon": 1}')
+    with pytest.raises(RunError, match="could not read it"):
+        verify(tmp_path)
+    with pytest.raises(InputError, match="dpdm train first"):
+        make_release(Workdir(tmp_path / "empty"))

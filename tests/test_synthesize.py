@@ -1,0 +1,230 @@
+"""The whole way, by one command; and what it does with a folder that it cannot use."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpdm.cli import run_command
+from dpdm.data.archive import ImageArchive
+from dpdm.errors import InputError
+from dpdm.privacy.ledger import Ledger
+from dpdm.synthesize import Request, synthesize
+from dpdm.workdir import Workdir
+
+FEW_STEPS = (
+    "train.num_epochs=null",
+    "train.num_iterations=2",
+    "train.expected_batch_size=50",
+    "loss.noise_multiplicity=1",
+    "model.network.width=4",
+    "model.network.channel_multipliers=[1]",
+    "model.network.num_res_blocks=1",
+    "model.network.attention_resolutions=[]",
+    "train.warmup.num_iterations=5",
+    "sampler.num_steps=2",
+    "setup.device=cpu",
+    "setup.num_threads=1",
+)
+# A budget that a large noise multiplier keeps, so that accounting is quick.
+EPSILON = 1.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def write_images(folder: Path, classes: tuple[str, ...], per_class: int, seed: int = 0) -> Path:
+    random = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(per_class):
+            pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``dpdm demo`` with few steps."""
+    root = tmp_path_factory.mktemp("demo") / "odd name: #1 [x]"
+    assert run_command(["demo", "--epsilon", str(EPSILON), "--workdir", str(root), "--", *FEW_STEPS]) == 0
+    return root
+
+
+def test_demo_leaves_what_is_promised(demo: Path) -> None:
+    names = {"config.yaml", "private", "release", "samples", "synthetic.zip", "report.html", "shareable.html"}
+    assert {path.name for path in demo.iterdir()} == names
+    assert (demo / "private").stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in (demo / "release").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "privacy.json",
+        "README.md",
+    }
+
+
+def test_demo_draws_as_many_images_as_there_were(demo: Path) -> None:
+    with zipfile.ZipFile(demo / "synthetic.zip") as file:
+        pngs = {name for name in file.namelist() if name.endswith(".png")}
+        labels = dict(json.loads(file.read("dataset.json"))["labels"])
+        with Image.open(file.open(sorted(pngs)[0])) as image:
+            assert (image.mode, image.size) == ("L", (8, 8))
+    assert len(pngs) == 1797
+    assert set(labels) == pngs
+    assert set(labels.values()) == set(range(10))
+
+
+def test_demo_trains_on_the_private_part_alone(demo: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    values, _ = load_digits(return_X_y=True)
+    digits = np.rint(values / 16 * 255).astype(np.uint8).reshape(-1, 8, 8)
+    private = ImageArchive(demo / "private" / "train.zip")
+    assert np.array_equal(private.read(np.arange(private.num_images))[:, 0], digits[np.arange(1797) % 6 != 0])
+    assert ImageArchive(demo / "private" / "holdout.zip").num_images == 300
+    assert json.loads((demo / "release" / "privacy.json").read_text())["dataset_size"] == 1497
+
+
+def test_demo_states_what_was_spent(demo: Path) -> None:
+    statement = json.loads((demo / "release" / "privacy.json").read_text())
+    assert {m["name"]: m["num_steps"] for m in statement["mechanisms"]} == {"central images": 1, "DP-SGD": 2}
+    assert 0.9 * EPSILON < statement["epsilon"] <= EPSILON
+    assert statement["delta"] == 1e-5
+    bought = [m.as_dict() for m in Ledger(demo / "private" / "ledger.jsonl").mechanisms()]
+    assert bought == statement["mechanisms"]
+
+
+def test_nothing_private_is_in_what_is_shared(demo: Path) -> None:
+    key = (demo / "private" / "ledger.jsonl").read_text()
+    fingerprint = json.loads(key.splitlines()[0])["header"]["data"]
+    for name in ("shareable.html", "release/config.json", "release/privacy.json", "release/README.md"):
+        text = (demo / name).read_text()
+        assert fingerprint not in text
+        assert str(demo) not in text
+        assert "do not share" not in text
+    assert "do not share" in (demo / "report.html").read_text().lower()
+    assert not (demo / "private" / "key").exists()
+    assert not (demo / "private" / "holdout_key").exists()
+
+
+def test_demo_replaces_its_own_finished_run_but_nothing_else(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(demo, tmp_path / "run")
+    (tmp_path / "run" / "mine.txt").write_text("keep me")
+    found: list[set[str]] = []
+    monkeypatch.setattr(
+        "dpdm.synthesize.synthesize", lambda request, run: found.append({p.name for p in run.root.iterdir()})
+    )
+    assert run_command(["demo", "--workdir", str(tmp_path / "run")]) == 0
+    assert found == [{"mine.txt"}]
+
+
+def test_a_finished_or_another_run_is_kept(demo: Path, tmp_path: Path) -> None:
+    before = {p: p.read_bytes() for p in demo.rglob("*") if p.is_file()}
+    request = Request("digits", EPSILON, delta=1e-5, overrides=FEW_STEPS)
+    with pytest.raises(InputError, match="finished"):
+        synthesize(request, Workdir(demo))
+    with pytest.raises(InputError, match="another request"):
+        synthesize(Request("digits", 3.0, delta=1e-5, overrides=FEW_STEPS), Workdir(demo))
+    assert before == {p: p.read_bytes() for p in demo.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("classes", [("été & <i>", '"q"\'s', "日本", "=x;y,z"), ("",)])
+def test_a_folder_of_ones_own(classes: tuple[str, ...], tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", classes, 80 // len(classes))
+    overrides = (*FEW_STEPS, "train.expected_batch_size=10")
+    result = synthesize(Request(str(source), EPSILON, num_images=7, overrides=overrides), Workdir(tmp_path / "w"))
+    synthetic = ImageArchive(tmp_path / "w" / "synthetic.zip")
+    assert (synthetic.num_images, synthetic.num_channels, synthetic.resolution) == (7, 3, 8)
+    assert (synthetic.labels is not None) == (len(classes) > 1) == ("accuracy" in result)
+    statement = json.loads((tmp_path / "w" / "release" / "privacy.json").read_text())
+    assert statement["delta"] == 1e-5
+    private, held_out = (ImageArchive(tmp_path / "w" / "private" / f"{name}.zip") for name in ("train", "holdout"))
+    assert private.num_images + held_out.num_images == 80
+    assert statement["dataset_size"] == private.num_images
+    assert "& <i>" not in (tmp_path / "w" / "shareable.html").read_text()
+
+
+def test_it_goes_on_where_it_was_stopped_and_takes_the_single_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_images(tmp_path / "source", ("a", "b"), 40)
+    request = Request(str(source), EPSILON, num_images=4, overrides=(*FEW_STEPS, "train.expected_batch_size=10"))
+    run = Workdir(tmp_path / "w")
+    for step in ("train", "make_release", "draw", "evaluate", "write_reports"):
+        with monkeypatch.context() as patched:
+
+            def stop(*arguments: object, **named: object) -> None:
+                raise KeyboardInterrupt
+
+            patched.setattr(f"dpdm.synthesize.{step}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                synthesize(request, run)
+        assert not run.shareable.exists()
+    synthesize(request, run)
+    assert run.shareable.exists()
+    assert Ledger(run.ledger).spent("DP-SGD") == 2
+    assert Ledger(run.ledger).spent("central images") == 1
+    capfd.readouterr()
+    assert run_command(["evaluate", "--workdir", str(run.root), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == json.loads(run.evaluation.read_text())
+    assert run_command(["release", "--workdir", str(run.root)]) == 2
+    assert run_command(["verify", str(run.release)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"epsilon": 0.0}, "--epsilon"),
+        ({"epsilon": float("nan")}, "--epsilon"),
+        ({"epsilon": 1e6}, "--epsilon"),
+        ({"delta": 0.0}, "--delta"),
+        ({"delta": 0.1}, "delta < 1/N"),
+        ({"num_images": 0}, "--num-images"),
+        ({"source": "nowhere"}, "nowhere"),
+        ({"overrides": ("dp.epsilon=100",)}, "give --epsilon"),
+        ({"overrides": ("dp.seed=1",)}, "dp.seed"),
+        ({"overrides": ("trian.num_epochs=1",)}, "trian.num_epochs"),
+        ({"overrides": ("train.expected_batch_size=5000",)}, "train.expected_batch_size"),
+        ({"overrides": ("setup.device=nonsense",)}, "setup.device"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(changes: dict[str, object], hint: str, tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", ("a", "b"), 40)
+    values: dict[str, object] = {"source": str(source), "epsilon": EPSILON, **changes}
+    with pytest.raises(InputError, match=hint) as caught:
+        synthesize(Request(**values), Workdir(tmp_path / "w"))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_workdir_may_not_lie_in_the_source(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", ("a", "b"), 40)
+    with pytest.raises(InputError, match="outside"):
+        synthesize(Request(str(source), EPSILON), Workdir(source / "w"))
+    assert {path.name for path in source.iterdir()} == {"a", "b"}
+
+
+def test_files_of_others_are_kept(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", ("a", "b"), 40)
+    (tmp_path / "w" / "samples").mkdir(parents=True)
+    (tmp_path / "w" / "samples" / "mine.png").write_text("mine")
+    with pytest.raises(InputError, match="samples"):
+        synthesize(Request(str(source), EPSILON), Workdir(tmp_path / "w"))
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["samples"]
+
+
+def test_a_damaged_note_of_the_request_is_named(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", ("a", "b"), 40)
+    (tmp_path / "w" / "private").mkdir(parents=True)
+    (tmp_path / "w" / "private" / "request.json").write_text("{")
+    with pytest.raises(InputError, match=r"request\.json"):
+        synthesize(Request(str(source), EPSILON), Workdir(tmp_path / "w"))

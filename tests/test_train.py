@@ -1,0 +1,231 @@
+"""Whole training runs, tiny: resume after any death, the budget, and independence of how a step is computed."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpdm import checkpoint, config
+from dpdm import train as training
+from dpdm.checkpoint import TrainState
+from dpdm.config import Config, OptimConfig
+from dpdm.data.prepare import prepare
+from dpdm.errors import InputError
+from dpdm.privacy.ledger import Ledger
+from dpdm.train import learning_rate, train
+from dpdm.workdir import Workdir
+
+TINY = [
+    "dp.noise_multiplier=1.0",
+    "train.num_iterations=6",
+    "train.expected_batch_size=60",
+    "train.checkpoint_every=2",
+    "train.warmup.enabled=true",
+    "train.warmup.num_iterations=3",
+    "loss.noise_multiplicity=2",
+    "model.network.width=4",
+    "model.network.channel_multipliers=[1]",
+    "model.network.num_res_blocks=1",
+    "setup.num_threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "digits.zip"
+    prepare("digits", path)
+    return path
+
+
+def tiny(archive: Path, *overrides: str) -> Config:
+    return config.load([], [*TINY, f"data.path={archive}", *overrides])
+
+
+def weights(state: TrainState) -> torch.Tensor:
+    return torch.cat([p.flatten() for _, p in sorted(state.ema.items())])
+
+
+def spent(workdir: Workdir) -> int:
+    return Ledger(workdir.ledger).spent("DP-SGD")
+
+
+class DiedError(Exception):
+    """Stands for a process that ends between two lines."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Lets the ``call``-th use of ``dpdm.train.<name>`` raise."""
+    real, count = getattr(training, name), 0
+
+    def dying(*args: object, **kwargs: object) -> object:
+        nonlocal count
+        count += 1
+        if count == call:
+            raise DiedError
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, name, dying)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainState:
+    workdir = Workdir(tmp_path_factory.mktemp("whole") / "w")
+    _, state = train(tiny(archive, "dp.seed=1"), workdir)
+    assert spent(workdir) == 6
+    return state
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        ("train_on_central_images", 1),  # central images bought, nothing trained
+        ("_save", 1),  # before the first checkpoint
+        ("private_step", 1),
+        ("private_step", 4),  # one step after a checkpoint: it is replayed
+        ("update_ema", 5),  # drawn and applied, not saved
+        ("_save", 3),
+    ],
+)
+def test_a_run_that_died_and_went_on_ends_bit_for_bit_the_same(
+    archive: Path, tmp_path: Path, uninterrupted: TrainState, where: str, call: int
+) -> None:
+    workdir, seeded = Workdir(tmp_path / "w"), tiny(archive, "dp.seed=1")
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, where, call)
+        with pytest.raises(DiedError):
+            train(seeded, workdir)
+    _, state = train(seeded, workdir, resume=True)
+    assert state.digest() == uninterrupted.digest()
+    assert torch.equal(weights(state), weights(uninterrupted))
+    assert state.curves == uninterrupted.curves
+    assert spent(workdir) == 6  # replayed steps were free
+    assert Ledger(workdir.ledger).spent("central images") == 1
+
+
+def test_a_killed_process_goes_on_to_the_same_end(archive: Path, tmp_path: Path, uninterrupted: TrainState) -> None:
+    workdir = Workdir(tmp_path / "w")
+    overrides = [*TINY, f"data.path={archive}", "dp.seed=1"]
+    for death in range(3):
+        # A slow disk, so that SIGKILL finds the run at work; each process gets a step or two further.
+        code = (
+            "import dpdm.train as t, time; f = t.private_step\n"
+            "def slow(*a):\n time.sleep(0.25); return f(*a)\n"
+            "t.private_step = slow\n"
+            "from dpdm.cli import run_command\n"
+            f"command = ['train', '--workdir', {str(workdir.root)!r}, *{['--resume'] * (death > 0)!r}]\n"
+            f"run_command([*command, '--', *{overrides!r}])"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        before = workdir.ledger.stat().st_size if workdir.ledger.exists() else 0
+        for _ in range(600):
+            if workdir.ledger.exists() and workdir.ledger.stat().st_size > before + 700:
+                break
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    _, state = train(tiny(archive, "dp.seed=1"), workdir, resume=True)
+    assert state.digest() == uninterrupted.digest()
+    assert spent(workdir) == 6
+
+
+def test_steps_that_are_computed_otherwise_are_charged_and_the_budget_holds(archive: Path, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, "private_step", 4)
+        with pytest.raises(DiedError):
+            train(tiny(archive), workdir)
+    assert spent(workdir) == 4  # reserved before it was drawn
+    _, state = train(tiny(archive, "train.physical_batch_size=7"), workdir, resume=True)
+    # The checkpoint was at step 2. Steps 3 and 4 differ in rounding, so they are bought anew: six charged in all.
+    assert spent(workdir) == 6
+    assert state.step == 4
+
+
+def test_the_ledger_is_written_before_the_randomness_is_drawn(archive: Path, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, "private_step", 1)
+        with pytest.raises(DiedError):
+            train(tiny(archive), workdir)
+    assert spent(workdir) == 1
+
+
+def test_one_step_does_not_depend_on_the_physical_batch(archive: Path, tmp_path: Path) -> None:
+    results = []
+    for name, pieces in {"one": ["train.physical_batch_size=1"], "split": ["train.n_splits=3"], "rule": []}.items():
+        seeded = tiny(archive, "dp.seed=3", "train.num_iterations=1", "train.warmup.enabled=false", *pieces)
+        _, state = train(seeded, Workdir(tmp_path / name))
+        # Adam's first moment is a tenth of the gradient: unlike its update, it is continuous.
+        results.append(torch.cat([m.flatten() for _, m in sorted(state.exp_avg.items())]))
+    assert torch.linalg.norm(results[0]) > 0
+    for other in results[1:]:
+        assert float((results[0] - other).norm() / results[0].norm()) < 1e-5
+
+
+def test_two_runs_of_one_config_draw_different_noise(archive: Path, tmp_path: Path) -> None:
+    runs = [train(tiny(archive, "train.num_iterations=1"), Workdir(tmp_path / name))[1] for name in "ab"]
+    assert not torch.equal(weights(runs[0]), weights(runs[1]))
+
+
+def test_an_existing_run_needs_resume_and_its_own_config(archive: Path, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    train(tiny(archive, "train.num_iterations=1"), workdir)
+    before = workdir.checkpoint.read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        train(tiny(archive, "train.num_iterations=1"), workdir)
+    for change in ("optim.learning_rate=1", "dp.noise_multiplier=2", "train.num_iterations=2", "dp.clipping_norm=2"):
+        with pytest.raises(InputError, match=r"with which the run in .* began"):
+            train(tiny(archive, "train.num_iterations=1", change), workdir, resume=True)
+    other = tmp_path / "other.zip"
+    prepare("digits", other, split="holdout")
+    with pytest.raises(InputError, match="Expected the images"):
+        train(tiny(other, "train.num_iterations=1"), workdir, resume=True)
+    assert workdir.checkpoint.read_bytes() == before
+    assert spent(workdir) == 1
+
+
+def test_private_files_are_for_their_owner_alone(archive: Path, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    train(tiny(archive, "train.num_iterations=1"), workdir)
+    assert stat.S_IMODE(workdir.private.stat().st_mode) == 0o700
+    assert stat.S_IMODE(workdir.key.stat().st_mode) == 0o600
+
+
+def test_a_damaged_checkpoint_is_noticed(archive: Path, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    _, state = train(tiny(archive, "train.num_iterations=1"), workdir)
+    again, _ = checkpoint.load(workdir.checkpoint)
+    assert again.digest() == state.digest()
+    content = bytearray(workdir.checkpoint.read_bytes())
+    for position in (10, len(content) // 2, len(content) - 100):
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        workdir.checkpoint.write_bytes(bytes(damaged))
+        with pytest.raises(RuntimeError, match="whole checkpoint"):
+            checkpoint.load(workdir.checkpoint)
+
+
+def test_example_losses_depend_on_their_own_record_alone(archive: Path) -> None:
+    from dpdm.data.archive import ImageArchive
+
+    images = ImageArchive(archive)
+    settings = config.resolve(tiny(archive), images)
+    denoiser = config.build_denoiser(settings)
+    together = training.example_losses(denoiser, images, np.array([3, 50, 700]), settings.loss, key=bytes(32))
+    alone = training.example_losses(denoiser, images, np.array([50]), settings.loss, key=bytes(32))
+    assert torch.allclose(together[1], alone[0], rtol=1e-5)
+    other = training.example_losses(denoiser, images, np.array([50]), settings.loss, key=bytes(31) + b"1")
+    assert not torch.allclose(alone, other, rtol=1e-3)
+
+
+def test_learning_rate_schedules() -> None:
+    linear = [learning_rate(OptimConfig(1.0, schedule="linear"), step, 8) for step in range(8)]
+    assert linear == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert learning_rate(OptimConfig(0.5), 7, 8) == 0.5
