@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, what: str, total: int, *, start: int = 0, unit: str = "it") -> None:
         self.what, self.total, self.done, self.unit = what, total, start, unit
         self._bar = tqdm(total=total, initial=start, desc=what, unit=unit) if sys.stderr.isatty() else None
-        self._last_line = time.monotonic()
+        self._last_line, self._printed = time.monotonic(), -1
 
     def advance(self, count: int = 1) -> None:
         self.done += count
@@ -29,7 +29,7 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._printed = time.monotonic(), self.done
         print(f"{self.what}: {self.done} of {self.total} {self.unit}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
@@ -40,5 +40,5 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif self._printed != self.done:
             self._print()

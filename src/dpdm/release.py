@@ -72,7 +72,7 @@ def _make_release(workdir: Workdir) -> Path:
         weights = {name: tensor.contiguous() for name, tensor in state.ema.items()}
         checkpoint.write_tensors(weights, temporary / "model.safetensors")
         _write_json(temporary / "config.json", redacted(config))
-        statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"]["dataset_size"])
+        statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"])
         (temporary / "README.md").write_text(model_card(statement, config), encoding="utf-8")
         statement["files"] = {name: _sha256(temporary / name) for name in ALLOWED if name != "privacy.json"}
         _write_json(temporary / "privacy.json", statement)
@@ -92,8 +92,8 @@ def forget_keys(workdir: Workdir) -> None:
         key.unlink(missing_ok=True)
 
 
-def make_statement(config: Config, mechanisms: list[Mechanism], dataset_size: int) -> dict[str, Any]:
-    """Returns the privacy statement, all but its ``files``, from what was done."""
+def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, Any]) -> dict[str, Any]:
+    """Returns the privacy statement, all but its ``files``, from what was done; ``plan`` is the ledger's."""
     dp, data = config.dp, config.data
     # Above 0, where the formula for groups would divide by 0; a larger epsilon is a weaker and so a true statement.
     epsilon = max(accounting.epsilon_spent(mechanisms, dp.delta), 1e-6)
@@ -103,11 +103,11 @@ def make_statement(config: Config, mechanisms: list[Mechanism], dataset_size: in
         "unit": "one image",
         "adjacency": accounting.ADJACENCY,
         "accountant": accounting.ACCOUNTANT,
-        "dataset_size": dataset_size,
+        "dataset_size": plan["dataset_size"],
         "clipping_norm": dp.clipping_norm,
         "mechanisms": [m.as_dict() for m in mechanisms],
         "public_facts": {
-            "dataset_size": dataset_size,
+            "dataset_size": plan["dataset_size"],
             "resolution": data.resolution,
             "num_channels": data.num_channels,
             "num_classes": data.num_classes,
@@ -125,7 +125,7 @@ def make_statement(config: Config, mechanisms: list[Mechanism], dataset_size: in
         "composition_scope": "this release alone; other releases from the same images add up (dpdm account --compose)",
         "hyperparameters": dp.selection,
         "holdout": "images that dpdm held out took no part in training; figures on them are private and not released",
-        "assumptions": _assumptions(config, mechanisms),
+        "assumptions": _assumptions(mechanisms, plan["num_iterations"]),
         "not_covered": [
             "The public facts: the number of images, their size, the list of classes and the split.",
             "The choice of hyperparameters, and the choice of this run among several.",
@@ -140,7 +140,7 @@ def make_statement(config: Config, mechanisms: list[Mechanism], dataset_size: in
     return statement
 
 
-def _assumptions(config: Config, mechanisms: list[Mechanism]) -> list[str]:
+def _assumptions(mechanisms: list[Mechanism], planned_steps: int) -> list[str]:
     assumptions = [
         "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
         "Batches are independent (Poisson) samples and the noise is Gaussian, up to ChaCha20 being "
@@ -149,9 +149,9 @@ def _assumptions(config: Config, mechanisms: list[Mechanism]) -> list[str]:
         "The key, the checkpoints and the ledger stay with the owner of the images.",
     ]
     steps = sum(m.num_steps for m in mechanisms if m.name == "DP-SGD")
-    if config.train.num_iterations is not None and steps < config.train.num_iterations:
+    if steps < planned_steps:
         assumptions.append(
-            f"Training ended after {steps} of {config.train.num_iterations} steps, not because of anything seen in the "
+            f"Training ended after {steps} of {planned_steps} steps, not because of anything seen in the "
             "images, the curves or the model."
         )
     return assumptions

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpdm.privacy.central import WarmupConfig, noisy_class_means
+from dpdm.errors import InputError
+from dpdm.privacy.central import GRID, LARGEST_DATASET, WarmupConfig, noisy_class_means
 from dpdm.privacy.noise import derive_key
 
 KEY = bytes(32)
@@ -91,3 +92,18 @@ def test_missing_records_are_noticed() -> None:
 def test_its_cost_is_one_full_batch_gaussian() -> None:
     mechanism = WarmupConfig(noise_multiplier=7.0).mechanism()
     assert (mechanism.sampling_rate, mechanism.noise_multiplier, mechanism.num_steps) == (1.0, 7.0, 1)
+
+
+def test_more_images_than_the_sums_hold_are_refused() -> None:
+    assert LARGEST_DATASET * GRID < 2**63  # white images, unclipped, all in one cell
+    with pytest.raises(InputError, match="turn off"):
+        noisy_class_means(
+            [], None, dataset_size=2**23, num_classes=1, means_per_class=1, clipping_norm=1.0, noise_multiplier=1.0,
+            key=KEY,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [{"ema_rate": 1.0}, {"blur": float("nan")}, {"noise_multiplier": float("inf")}])
+def test_config_names_the_wrong_key(values: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(values))):
+        WarmupConfig(**values)  # type: ignore[arg-type]

@@ -196,7 +196,8 @@ class _Recipe:
             more = f" and {len(shown) - SIZES_SHOWN} more" if len(shown) > SIZES_SHOWN else ""
             remedy = "--transform center-crop" if self.resolution else "--resolution 32x32 --transform center-crop"
             problems.append(
-                f"expected square images of one size, got {', '.join(shown[:SIZES_SHOWN])}{more}: add {remedy}"
+                f"expected square images of one size, got {', '.join(shown[:SIZES_SHOWN])}{more}: "
+                f"give dpdm prepare or synthesize {remedy}"
             )
         if problems:
             raise InputError(f"{self.source}: {'; '.join(problems)}")

@@ -56,17 +56,19 @@ class NetworkConfig:
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
         if self.width < 4 or self.width % 4:
             raise InputError(
-                f"Expected network.width to be a positive multiple of 4, got {self.width}: 32 is the paper's."
+                f"Expected model.network.width to be a positive multiple of 4, got {self.width}: 32 is the paper's."
             )
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise InputError(
-                "Expected network.channel_multipliers to be one or more integers >= 1, "
+                "Expected model.network.channel_multipliers to be one or more integers >= 1, "
                 f"got {list(self.channel_multipliers)}: [1, 2, 2] is the paper's."
             )
         if self.num_res_blocks < 1:
-            raise InputError(f"Expected network.num_res_blocks >= 1, got {self.num_res_blocks}: 2 is the paper's.")
+            raise InputError(
+                f"Expected model.network.num_res_blocks >= 1, got {self.num_res_blocks}: 2 is the paper's."
+            )
         if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"Expected 0 <= network.dropout < 1, got {self.dropout}: 0 turns it off.")
+            raise InputError(f"Expected 0 <= model.network.dropout < 1, got {self.dropout}: 0 turns it off.")
 
 
 class UNet(nn.Module):
@@ -281,14 +283,14 @@ def _resolutions(config: NetworkConfig, resolution: int) -> list[int]:
     if resolution < 1 or resolution % 2**halvings:
         raise InputError(
             f"Expected resolution to be a multiple of {2**halvings}, got {resolution}: "
-            f"network.channel_multipliers={list(config.channel_multipliers)} halves it {halvings} times; "
+            f"model.network.channel_multipliers={list(config.channel_multipliers)} halves it {halvings} times; "
             "prepare the images at another resolution or give fewer multipliers."
         )
     resolutions = [resolution // 2**level for level in range(halvings + 1)]
     unused = sorted(set(config.attention_resolutions) - set(resolutions))
     if unused:
         raise InputError(
-            f"Expected network.attention_resolutions to be among {resolutions}, got {unused}: "
+            f"Expected model.network.attention_resolutions to be among {resolutions}, got {unused}: "
             f"the network of {resolution} pixels has no other resolution."
         )
     return resolutions
@@ -330,6 +332,6 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     if channels % groups:
         raise InputError(
             f"Expected the channels of every layer to be divisible into {groups} groups, got {channels}: "
-            "make network.width a multiple of 32, or smaller."
+            "make model.network.width a multiple of 32, or smaller."
         )
     return nn.GroupNorm(groups, channels, eps=GROUP_NORM_EPS)

@@ -46,13 +46,15 @@ class WarmupConfig:
 
     def __post_init__(self) -> None:
         for name in ("noise_multiplier", "means_per_class", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"Expected train.warmup.{name} > 0, got {getattr(self, name)}.")
-        if self.clipping_norm is not None and not self.clipping_norm > 0:
-            raise InputError(f"Expected train.warmup.clipping_norm > 0, got {self.clipping_norm}.")
-        for name in ("num_iterations", "ema_rate", "augmentation", "blur", "contrast"):
-            if getattr(self, name) < 0:
-                raise InputError(f"Expected train.warmup.{name} >= 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"Expected a finite train.warmup.{name} > 0, got {getattr(self, name)}.")
+        if self.clipping_norm is not None and not 0 < self.clipping_norm < math.inf:
+            raise InputError(f"Expected a finite train.warmup.clipping_norm > 0, got {self.clipping_norm}.")
+        for name in ("num_iterations", "augmentation", "blur", "contrast"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"Expected a finite train.warmup.{name} >= 0, got {getattr(self, name)}.")
+        if not 0 <= self.ema_rate < 1:
+            raise InputError(f"Expected 0 <= train.warmup.ema_rate < 1, got {self.ema_rate}.")
 
     def mechanism(self) -> Mechanism:
         """Returns what the means cost: one full-batch Gaussian mechanism."""
