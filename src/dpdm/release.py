@@ -119,7 +119,7 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
         "every other image, and has no key",
         "randomness": "ChaCha20 under a 256-bit key of the operating system, deleted from the run's folder at release",
         "floating_point": "clipping and summing are bounded with their rounding; the rounding inside the network's "
-        "kernels is not (an image's gradient may move by about 1e-6 of itself when another image joins its batch); "
+        "kernels is not (below 1e-5 of a gradient in tests on a CPU, when another image joins the batch); "
         "Gaussians are float64 Box-Muller, not hardened against attacks on the gaps between floats (Mironov 2012)",
         "group_privacy": {str(k): _group(epsilon, dp.delta, k) for k in (2, 5)},
         "composition_scope": "this release alone; other releases from the same images add up (dpdm account --compose)",
