@@ -353,7 +353,7 @@ def test_a_ledger_that_lost_its_last_lines_is_noticed(run: Path, refused: Callab
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
     Ledger(file)
     for command in (["train", "--resume"], ["release"]):
-        assert "2 steps of DP-SGD" in refused(*command, "--workdir", run, status=1)
+        assert "damaged" in refused(*command, "--workdir", run, status=1)
 
 
 def test_a_checkpoint_without_a_ledger_is_no_new_run(run: Path, images: Path, refused: Callable[..., str]) -> None:

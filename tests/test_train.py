@@ -17,8 +17,9 @@ from dpdm import train as training
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config, OptimConfig
 from dpdm.data.prepare import prepare
-from dpdm.errors import InputError
+from dpdm.errors import InputError, RunError
 from dpdm.privacy.ledger import Ledger
+from dpdm.release import make_release
 from dpdm.train import learning_rate, train
 from dpdm.workdir import Workdir
 
@@ -210,6 +211,17 @@ def test_a_damaged_checkpoint_is_noticed(archive: Path, tmp_path: Path) -> None:
         workdir.checkpoint.write_bytes(bytes(damaged))
         with pytest.raises(RuntimeError, match="whole checkpoint"):
             checkpoint.load(workdir.checkpoint)
+
+
+def test_a_checkpoint_of_another_run_is_refused(archive: Path, tmp_path: Path) -> None:
+    one, other = (Workdir(tmp_path / name) for name in "ab")
+    for workdir in (one, other):
+        train(tiny(archive, "train.num_iterations=1"), workdir)
+    one.checkpoint.write_bytes(other.checkpoint.read_bytes())  # as many steps, of the same shape
+    with pytest.raises(RunError, match="another run"):
+        train(tiny(archive, "train.num_iterations=1"), one, resume=True)
+    with pytest.raises(RunError, match="another run"):
+        make_release(one)
 
 
 def test_example_losses_depend_on_their_own_record_alone(archive: Path) -> None:

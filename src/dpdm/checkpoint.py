@@ -104,8 +104,16 @@ def load(path: Path) -> tuple[TrainState, dict[str, Any]]:
     return state, facts
 
 
-def check_accounted(state: TrainState, ledger: Ledger) -> None:
-    """Raises RunError if a state holds more than its ledger says was bought: the ledger lost lines, or is another's."""
+def check_accounted(state: TrainState, facts: dict[str, Any], ledger: Ledger) -> None:
+    """Raises RunError if a state holds more than its ledger says was bought: the ledger lost lines, or is another's.
+
+    A saved state names the ledger's last line of its time, by hash; that line must still be there.
+    """
+    if not ledger.has_line(facts.get("ledger", "")):
+        raise RunError(
+            f"Expected ledger {ledger.path} to hold the line that the checkpoint was saved after, found none: one "
+            "of the two is another run's or damaged; start a new run."
+        )
     if ledger.spent("DP-SGD") < state.step or (state.warmup and not ledger.spent("central images")):
         raise RunError(
             f"Expected ledger {ledger.path} to name everything in the checkpoint ({state.step} steps of DP-SGD), got "

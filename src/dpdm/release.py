@@ -57,9 +57,9 @@ def _make_release(workdir: Workdir) -> Path:
         raise InputError(
             f"Expected dp.seed=null for a release, got {config.dp.seed}: its noise is public; train again."
         )
-    state, _ = checkpoint.load(workdir.checkpoint)
+    state, facts = checkpoint.load(workdir.checkpoint)
     ledger = Ledger(workdir.ledger)
-    checkpoint.check_accounted(state, ledger)
+    checkpoint.check_accounted(state, facts, ledger)
     if ledger.header["config"] != configs.run_hash(config):
         raise RunError(
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "

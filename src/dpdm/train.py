@@ -292,8 +292,8 @@ def _open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, T
     )
     if not workdir.checkpoint.exists():
         return run, _fresh_state(denoiser)
-    state, _ = checkpoint.load(workdir.checkpoint)
-    checkpoint.check_accounted(state, ledger)
+    state, facts = checkpoint.load(workdir.checkpoint)
+    checkpoint.check_accounted(state, facts, ledger)
     for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq, state.warmup):
         for name in group:
             group[name] = group[name].to(device)
@@ -365,7 +365,8 @@ def _record(state: TrainState, step: PrivateGradient) -> None:
 
 
 def _save(run: Run, state: TrainState) -> None:
-    checkpoint.save(run.workdir.checkpoint, state, {"environment": environment(run.device)})
+    facts = {"environment": environment(run.device), "ledger": run.ledger.last_line}
+    checkpoint.save(run.workdir.checkpoint, state, facts)
 
 
 def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) -> None:

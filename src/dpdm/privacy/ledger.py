@@ -48,6 +48,7 @@ class Ledger:
         # nothing was drawn for it.
         torn = lines.pop()
         self._last = GENESIS
+        self._hashes: set[str] = set()
         for number, line in enumerate(lines, start=1):
             self._read(line, number)
         if not lines:
@@ -102,6 +103,14 @@ class Ledger:
     def was_charged(self, identity: str) -> bool:
         return identity in self._identities
 
+    @property
+    def last_line(self) -> str:
+        """Hash of the last line, and through it of everything before."""
+        return self._last
+
+    def has_line(self, line_hash: str) -> bool:
+        return line_hash in self._hashes
+
     def mechanisms(self) -> list[Mechanism]:
         """Returns everything that was charged, for the accountant."""
         return [Mechanism(*key, num_steps=count) for key, count in self._counts.items()]
@@ -123,3 +132,4 @@ class Ledger:
                 "what was spent is unknown, so the run cannot go on; start a new one."
             ) from None
         self._last = hashlib.sha256(line).hexdigest()
+        self._hashes.add(self._last)
