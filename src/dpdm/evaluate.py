@@ -70,6 +70,7 @@ def evaluate(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, holdout:
     extractor = _extractor(train_set, real.num_classes if labelled else 0)
     target = feature_statistics(extract(extractor, train_set.images))
     result: dict[str, Any] = {
+        "note": "computed on private images without noise: outside the guarantee, not to be shared",
         "extractor": extractor.name,
         "num_synthetic": len(synthetic.images),
         "num_real": len(train_set.images),

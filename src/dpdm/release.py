@@ -20,7 +20,7 @@ from dpdm.config import Config
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.guarantee import round_up
-from dpdm.files import fsync
+from dpdm.files import fsync, write_json, write_text
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
@@ -71,13 +71,12 @@ def _make_release(workdir: Workdir) -> Path:
     try:
         weights = {name: tensor.contiguous() for name, tensor in state.ema.items()}
         checkpoint.write_tensors(weights, temporary / "model.safetensors")
-        _write_json(temporary / "config.json", redacted(config))
+        write_json(temporary / "config.json", redacted(config))
         statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"])
-        (temporary / "README.md").write_text(model_card(statement, config), encoding="utf-8")
+        write_text(temporary / "README.md", model_card(statement, config))
         statement["files"] = {name: _sha256(temporary / name) for name in ALLOWED if name != "privacy.json"}
-        _write_json(temporary / "privacy.json", statement)
-        for name in ALLOWED:
-            fsync(temporary / name)
+        write_json(temporary / "privacy.json", statement)
+        fsync(temporary / "model.safetensors")
         temporary.rename(workdir.release)
         fsync(workdir.root)
     finally:
@@ -257,10 +256,6 @@ adding or removing {statement["unit"]} and its label, under the assumptions in `
 What is assumed and what is not covered stands in `privacy.json`. Check it by `dpdm verify .`; draw images by
 `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
 """
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _sha256(path: Path) -> str:

@@ -119,7 +119,8 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
                     _save(run, state)
                     saved_at, saved_step = time.monotonic(), state.step
                 progress.advance()
-        _save(run, state)
+        if state.step > saved_step:
+            _save(run, state)
         if interrupted.is_set():
             raise KeyboardInterrupt
         return run.config, state
