@@ -159,7 +159,7 @@ def test_it_goes_on_where_it_was_stopped_and_takes_the_single_steps(
     source = write_images(tmp_path / "source", ("a", "b"), 40)
     request = Request(str(source), EPSILON, num_images=4, overrides=(*FEW_STEPS, "train.expected_batch_size=10"))
     run = Workdir(tmp_path / "w")
-    for step in ("train", "make_release", "draw", "evaluate", "write_reports"):
+    for step in ("train", "make_release", "make_samples", "evaluate", "write_reports"):
         with monkeypatch.context() as patched:
 
             def stop(*arguments: object, **named: object) -> None:

@@ -20,6 +20,7 @@ from dpdm.data.prepare import prepare
 from dpdm.errors import InputError, RunError
 from dpdm.privacy.ledger import Ledger
 from dpdm.release import make_release
+from dpdm.run import physical_batch_size
 from dpdm.train import learning_rate, train
 from dpdm.workdir import Workdir
 
@@ -63,7 +64,9 @@ class DiedError(Exception):
 
 def die_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     """Lets the ``call``-th use of ``dpdm.train.<name>`` raise."""
-    real, count = getattr(training, name), 0
+    target, _, name = name.rpartition(".")
+    owner = getattr(training, target) if target else training
+    real, count = getattr(owner, name), 0
 
     def dying(*args: object, **kwargs: object) -> object:
         nonlocal count
@@ -72,7 +75,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise DiedError
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(training, name, dying)
+    monkeypatch.setattr(owner, name, dying)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +90,11 @@ def uninterrupted(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
     ("where", "call"),
     [
         ("train_on_central_images", 1),  # central images bought, nothing trained
-        ("_save", 1),  # before the first checkpoint
+        ("Books.save", 1),  # before the first checkpoint
         ("private_step", 1),
         ("private_step", 4),  # one step after a checkpoint: it is replayed
         ("update_ema", 5),  # drawn and applied, not saved
-        ("_save", 3),
+        ("Books.save", 3),
     ],
 )
 def test_a_run_that_died_and_went_on_ends_bit_for_bit_the_same(
@@ -235,6 +238,20 @@ def test_example_losses_depend_on_their_own_record_alone(archive: Path) -> None:
     assert torch.allclose(together[1], alone[0], rtol=1e-5)
     other = training.example_losses(denoiser, images, np.array([50]), settings.loss, key=bytes(31) + b"1")
     assert not torch.allclose(alone, other, rtol=1e-3)
+
+
+def test_a_physical_batch_from_a_larger_machine_is_cut_to_the_memory() -> None:
+    facts = ["data.resolution=32", "data.num_channels=3", "data.num_classes=10", "loss.noise_multiplicity=8"]
+    settings = [*facts, "train.expected_batch_size=2048"]
+
+    def size(gibibytes: int, *wishes: str) -> int:
+        return physical_batch_size(config.load([], [*settings, *wishes]), gibibytes * 2**30)
+
+    assert size(4) == size(80) == 12  # by rule: 100,352 pixels a pass
+    assert size(4, "train.physical_batch_size=512") == 12
+    assert size(24, "train.physical_batch_size=512") == 6 * 12
+    assert size(80, "train.physical_batch_size=7") == 7
+    assert size(80, "train.physical_batch_size=2000", "train.n_splits=16") == 128
 
 
 def test_learning_rate_schedules() -> None:

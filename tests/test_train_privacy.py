@@ -15,10 +15,12 @@ from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter
 from dpdm.errors import InputError, RunError
+from dpdm.plan import make_plan
 from dpdm.privacy import central
 from dpdm.privacy.accounting import Mechanism, epsilon_spent
 from dpdm.privacy.dpsgd import per_example_gradients
 from dpdm.privacy.ledger import Ledger
+from dpdm.run import Books
 from dpdm.workdir import Workdir
 
 NUM_IMAGES, BATCH, STEPS, DRAWS = 48, 12, 3, 2
@@ -31,7 +33,7 @@ class Watch:
 
     workdir: Workdir
     runs: list[train.Run] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    keys: list[train.StepKeys] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     gradients: list[dict[str, Any]] = field(default_factory=list)
     charged_before_means: list[int] = field(default_factory=list)
@@ -44,12 +46,12 @@ class Watch:
             central.noisy_class_means,
         )
 
-        def private_step(run: train.Run, parameters: dict[str, Tensor], key: bytes):
+        def private_step(run: train.Run, parameters: dict[str, Tensor], keys: train.StepKeys):
             self.runs.append(run)
-            self.keys.append(key)
+            self.keys.append(keys)
             if crash_at == len(self.keys) - 1:
                 raise DiedError
-            return step(run, parameters, key)
+            return step(run, parameters, keys)
 
         def poisson_sample(key: bytes, num_records: int, rate: float) -> np.ndarray:
             batch = sample(key, num_records, rate)
@@ -213,18 +215,20 @@ def test_the_diffusion_draws_have_a_key_of_their_own(
 def test_identity_depends_on_all_that_a_step_is_made_of(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, archive: Path
 ) -> None:
-    run = crashed_in_step_one(monkeypatch, tmp_path / "w", config_for(archive)).runs[0]
+    watch = crashed_in_step_one(monkeypatch, tmp_path / "w", config_for(archive))
+    run = watch.runs[0]
     config = run.config
+    books = Books(run, watch.workdir, Ledger(watch.workdir.ledger), b"k" * 32, "execution")
     others = [
-        run.identity("DP-SGD", 1, "digest"),
-        run.identity("DP-SGD", 0, "other digest"),
-        run.identity("central images"),
+        books.identity("DP-SGD", 1, "digest"),
+        books.identity("DP-SGD", 0, "other digest"),
+        books.identity("central images"),
+        replace(books, key=bytes(32)).identity("DP-SGD", 0, "digest"),
+        replace(books, execution="other").identity("DP-SGD", 0, "digest"),
         *(
-            changed.identity("DP-SGD", 0, "digest")
+            replace(books, run=changed).identity("DP-SGD", 0, "digest")
             for changed in (
                 replace(run, data_fingerprint="other"),
-                replace(run, key=bytes(32)),
-                replace(run, execution="other"),
                 replace(run, physical_batch_size=5),
                 replace(run, config=replace(config, loss=replace(config.loss, p_mean=0.5))),
                 replace(run, config=replace(config, optim=replace(config.optim, learning_rate=0.1))),
@@ -234,8 +238,8 @@ def test_identity_depends_on_all_that_a_step_is_made_of(
             )
         ),
     ]
-    same = run.identity("DP-SGD", 0, "digest")
-    assert same == run.identity("DP-SGD", 0, "digest")
+    same = books.identity("DP-SGD", 0, "digest")
+    assert same == books.identity("DP-SGD", 0, "digest")
     for position in (0, 1):  # the ledger's name and the key
         assert len({same[position], *(other[position] for other in others)}) == len(others) + 1
     assert same[0] != same[1].hex()  # the ledger does not show the key
@@ -323,7 +327,7 @@ class Step:
     def __call__(self, batch: list[int]) -> Tensor:
         """Returns the gradient times the expected batch size, (P,) float64: the clipped sum."""
         self.monkeypatch.setattr(train, "poisson_sample", lambda key, num_records, rate: np.array(batch, np.int64))
-        step = train.private_step(self.run, self.parameters, bytes(32))
+        step = train.private_step(self.run, self.parameters, train.step_keys(bytes(32)))
         return torch.cat([g.flatten() for g in step.gradients]).double() * BATCH
 
 
@@ -347,7 +351,7 @@ def randomise(parameters: Mapping[str, Tensor]) -> None:
 def test_a_step_against_a_loop_over_records(one_step: Step) -> None:
     batch = [1, 5, 8, 13, 21, 34, 40]
     run, parameters = one_step.run, one_step.parameters
-    draws_key = train.noise.derive_key(bytes(32), "diffusion")
+    draws_key = train.step_keys(bytes(32)).diffusion
     total, clipped = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=torch.float64), 0
     for record in batch:  # all K draws of a record make one loss, clipped as one
         losses = train.example_losses(run.denoiser, run.archive, np.array([record]), run.config.loss, key=draws_key)
@@ -400,7 +404,7 @@ def test_the_plan_stays_within_epsilon(archive: Path, warmup: str) -> None:
         f"train.warmup.enabled={warmup}",
         "train.warmup.noise_multiplier=10",
     )
-    plan = train.make_plan(config, NUM_IMAGES)
+    plan = make_plan(config, NUM_IMAGES)
     bought = [Mechanism("steps", BATCH / NUM_IMAGES, plan.noise_multiplier, STEPS)]
     if warmup == "true":
         bought.append(Mechanism("means", 1.0, 10.0, 1))

@@ -105,6 +105,8 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
                 deltas.append(float(ledger.header["plan"]["delta"]))
             else:
                 statement = json.loads(file.read_text(encoding="utf-8"))
+                if not statement["mechanisms"]:  # of converted weights
+                    raise ValueError("one without mechanisms: what its weights give away is unknown")
                 mechanisms += [Mechanism(**m) for m in statement["mechanisms"]]
                 deltas.append(float(statement["delta"]))
         except (ValueError, KeyError, TypeError) as error:

@@ -11,15 +11,21 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dpdm.errors import InputError, RunError
+from dpdm import launch
+from dpdm.errors import InputError, PeerError, RunError
+from dpdm.progress import speaks
 from dpdm.workdir import Workdir, check_folder
 
+if TYPE_CHECKING:
+    from dpdm.data.transforms import Resolution, Transform
+
 PATH = click.Path(path_type=Path)
-Command = Callable[..., None]
+Command = Callable[..., int | None]
+TRANSFORMS = ("center-crop", "center-crop-wide")
 
 
 def workdir_option(command: Command) -> Command:
@@ -36,11 +42,26 @@ def config_options(command: Command) -> Command:
 
 def source_options(command: Command) -> Command:
     command = click.option(
-        "--transform", type=click.Choice(["center-crop"]), help="Cut images to their central square."
+        "--transform",
+        type=click.Choice(TRANSFORMS),
+        help="Cut images to their central square, or to the central part that has the shape of --resolution, which is "
+        "then put between black bars.",
     )(command)
-    return click.option("--resolution", metavar="HxW", help="Such as 32x32; default: the images' own, if they agree.")(
-        command
-    )
+    return click.option(
+        "--resolution",
+        metavar="WxH",
+        help="Such as 32x32, or with center-crop-wide 64x48; default: the images' own, if they agree.",
+    )(command)
+
+
+def extractor_option(command: Command) -> Command:
+    return click.option(
+        "--extractor",
+        default="inception",
+        show_default=True,
+        metavar="NAME|FILE",
+        help="inception (downloaded once), or a TorchScript file from somebody you trust.",
+    )(command)
 
 
 @click.group(
@@ -86,18 +107,18 @@ def synthesize_command(
     workdir: Path,
     delta: float | None,
     resolution: str | None,
-    transform: Literal["center-crop"] | None,
+    transform: "Transform | None",
     num_images: int | None,
     overrides: tuple[str, ...],
 ) -> None:
     """From sensitive images to a model, synthetic images and a report, in one go; the same command goes on if stopped.
 
-    SOURCE is a folder or zip of images (one folder per class), a folder of idx files, or one of: digits, mnist,
-    fashion_mnist.
+    SOURCE is a folder or zip of images (one folder per class, or CelebA's), a folder of idx files, CIFAR-10's
+    cifar-10-python.tar.gz, or one of: digits, mnist, fashion_mnist, cifar10.
     """
     from dpdm.synthesize import Request, synthesize
 
-    request = Request(source, epsilon, delta, _side(resolution), transform, num_images, overrides)
+    request = Request(source, epsilon, delta, _resolution(resolution), transform, num_images, overrides)
     synthesize(request, Workdir(workdir))
     _finished(Workdir(workdir))
 
@@ -109,20 +130,29 @@ def synthesize_command(
 @click.option(
     "--split", type=click.Choice(["train", "holdout"]), default="train", help="holdout: the source's own test images."
 )
+@click.option("--attribute", metavar="NAME", help="Of CelebA's images, to be their class; needs list_attr_celeba.txt.")
 def prepare(
     source: str,
     dest: Path,
     resolution: str | None,
-    transform: Literal["center-crop"] | None,
+    transform: "Transform | None",
     split: Literal["train", "holdout"],
+    attribute: str | None,
 ) -> None:
     """Bring images into one archive, to train on: a zip of PNGs with labels that StyleGAN and EDM tools read as well.
 
-    SOURCE is as for dpdm synthesize; DEST is a new file that ends in .zip.
+    SOURCE is as for dpdm synthesize; DEST is a new file that ends in .zip. The same command goes on if it was stopped.
     """
     from dpdm.data.prepare import prepare as prepare_archive
 
-    archive = prepare_archive(source, dest, resolution=_side(resolution), transform=transform, split=split)
+    archive = prepare_archive(
+        source,
+        dest,
+        resolution=_resolution(resolution),
+        transform=transform,
+        split=split,
+        attribute=attribute,
+    )
     classes = f", {archive.num_classes} classes" if archive.num_classes else ""
     shape = f"{archive.num_channels}x{archive.resolution}x{archive.resolution}"
     print(f"{dest}: {archive.num_images} images, {shape}{classes}")
@@ -162,11 +192,11 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
 @config_options
 @workdir_option
 @click.option("--resume", is_flag=True, help="Go on with the run in DIR, by its own config unless one is given.")
-def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str, ...]) -> None:
+def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str, ...]) -> int:
     """Train a model with DP-SGD. Prints its config and what it will spend before it starts; Ctrl-C saves.
 
     Needed are the keys data.path, one of dp.epsilon and dp.noise_multiplier, and one of train.num_epochs and
-    train.num_iterations, from files or after --.
+    train.num_iterations, from files or after --. On several GPUs: setup.n_gpus_per_node=N after --, or torchrun.
     """
     from dpdm import config as configs
     from dpdm.train import train as train_model
@@ -175,21 +205,51 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
     files, overrides = _split(config, words)
     if resume and not files and run.ledger.exists():
         files = [str(run.config)]
-    _, state = train_model(configs.load(files, overrides), run, resume=resume)
-    print(f"Trained {state.step} steps. Next: dpdm release --workdir {workdir}", file=sys.stderr)
+    asked = configs.load(files, overrides)
+    if processes := launch.processes_to_start(asked, overrides):
+        return launch.start(processes, click.get_current_context().obj)
+    _, state = train_model(asked, run, resume=resume)
+    if speaks():
+        print(f"Trained {state.step} steps. Next: dpdm release --workdir {workdir}", file=sys.stderr)
+    return 0
 
 
-@app.command(short_help="Write release/, which may be shared; ends the run.")
-@workdir_option
-def release(workdir: Path) -> None:
+@app.command(
+    short_help="Write release/, which may be shared; ends the run.",
+    epilog="To convert: dpdm release --from mnist_edm_1.0.pth --config configs/mnist_28/sample_eps_1.0.yaml",
+)
+@click.option(
+    "--workdir", type=PATH, metavar="DIR", help="Folder of the run; with --from: default FILE without suffix."
+)
+@click.option("--from", "source", type=PATH, metavar="FILE", help="Convert this checkpoint of the original, instead.")
+@config_options
+def release(workdir: Path | None, source: Path | None, config: tuple[str, ...], words: tuple[str, ...]) -> None:
     """Write release/: weights, config, privacy statement and model card.
 
     It ends the run: the keys of its randomness are deleted, so it can be neither resumed nor released again.
-    """
-    from dpdm.release import make_release
 
-    folder = make_release(Workdir(workdir))
-    print(f"{folder} may be shared. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
+    With --from and --config it converts a checkpoint of the original DPDM; its statement then gives no guarantee,
+    because such a file records nothing from which one could be computed.
+    """
+    from dpdm import config as configs
+    from dpdm.release import convert, make_release
+
+    files, overrides = _split(config, words)
+    if source is None:
+        if workdir is None:
+            raise InputError("Expected --workdir, got none: give a run's folder, or --from a checkpoint to convert.")
+        if files or overrides:
+            raise InputError("Expected no --config and no keys without --from: a run is released by its own config.")
+        folder = make_release(Workdir(workdir))
+        print(f"{folder} may be shared. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
+        return
+    if not files:
+        raise InputError(f"Expected --config, got none: {source} does not say what network it is of.")
+    folder = convert(source, configs.load(files, overrides), Workdir(workdir or source.with_suffix("")))
+    print(
+        f"{folder} holds the weights of {source}; no guarantee of theirs can be verified, and the statement says so.",
+        file=sys.stderr,
+    )
 
 
 @app.command(
@@ -199,55 +259,115 @@ def release(workdir: Path) -> None:
 @config_options
 @workdir_option
 def sample(config: tuple[str, ...], workdir: Path, words: tuple[str, ...]) -> None:
-    """Draw images into samples/ in DIR, from model.ckpt (a release) or else from DIR's own release.
+    """Draw images into samples/ in DIR, from model.ckpt or else from DIR's own release.
+
+    model.ckpt is a release, or with --config a checkpoint of the original DPDM.
 
     What is drawn from a release costs no privacy, however much it is.
     """
     from dpdm import config as configs
-    from dpdm.generate import check_empty, draw, write_archive, write_samples
-    from dpdm.release import load_denoiser
+    from dpdm.distributed import together
+    from dpdm.generate import check_empty, make_samples
+    from dpdm.release import load_denoiser, own_config
 
     run = Workdir(workdir)
-    check_folder(run.root)
-    check_empty(run.samples)
-    files, overrides = _split(config, words)
-    asked = configs.load(files, overrides)
-    ckpt = Path(asked.model.ckpt) if asked.model.ckpt else run.release
-    own = (ckpt if ckpt.is_dir() else ckpt.parent) / "config.json"
-    if own.is_file():  # the model's own shape and sampler, the user's wishes on top
-        asked = configs.load([str(own), *files], overrides)
-    denoiser = load_denoiser(ckpt, asked if own.is_file() or files else None)
-    images, labels = draw(denoiser, asked)
-    write_samples(run.samples, images, labels, output=asked.sampler.output)
-    if ckpt == run.release and not run.synthetic.exists():
-        write_archive(run.synthetic, images, labels)
-    print(f"{len(images)} images in {run.samples}", file=sys.stderr)
+    with together():
+        check_folder(run.root)
+        check_empty(run.samples)
+        files, overrides = _split(config, words)
+        asked = configs.load(files, overrides)
+        ckpt = Path(asked.model.ckpt) if asked.model.ckpt else run.release
+        own = own_config(ckpt)
+        if own is not None:  # the model's own shape and sampler, the user's wishes on top
+            asked = configs.load([own, *files], overrides, quiet=True)
+        denoiser = load_denoiser(ckpt, asked if own is not None or files else None)
+        archive = run.synthetic if ckpt == run.release and not run.synthetic.exists() else None
+    count = make_samples(denoiser, asked, folder=run.samples, archive=archive)
+    if speaks():
+        print(f"{count} images in {run.samples}", file=sys.stderr)
 
 
-@app.command(short_help="Measure a run's synthetic images on real ones; private.")
-@workdir_option
+@app.command("fid-stats", short_help="Feature statistics of a data set, for FID; private.")
+@click.argument("source")
+@click.argument("dest", type=PATH)
+@source_options
+@click.option(
+    "--split", type=click.Choice(["train", "holdout"]), default="train", help="holdout: the source's own test images."
+)
+@extractor_option
+def fid_stats(
+    source: str,
+    dest: Path,
+    resolution: str | None,
+    transform: "Transform | None",
+    split: Literal["train", "holdout"],
+    extractor: str,
+) -> None:
+    """Write the mean and covariance of a data set's features to DEST, a new npz file, for dpdm evaluate --fid.
+
+    SOURCE is as for dpdm prepare, or a prepared archive. The file is computed without noise: of private images it is
+    as private as they are.
+    """
+    from dpdm.fidelity import Source, make_statistics
+
+    found = make_statistics(Source(source, split, _resolution(resolution), transform), dest, extractor)
+    if speaks():
+        print(f"{dest}: {len(found.mu)} features of {found.count} images ({found.extractor})")
+        print("Computed without noise: if the images are private, so is this file.", file=sys.stderr)
+
+
+@app.command(
+    short_help="Measure synthetic images on real ones; private.",
+    epilog="Example: dpdm evaluate --workdir runs/mine --fid stats.npz, or for any images dpdm evaluate --fid "
+    "stats.npz --samples FOLDER --real IMAGES.zip",
+)
+@click.option("--workdir", type=PATH, metavar="DIR", help="Folder of the run; may be left out with --samples.")
+@click.option("--fid", "statistics", type=PATH, metavar="NPZ", help="Also FID to this file of dpdm fid-stats.")
+@click.option("--samples", type=PATH, metavar="PATH", help="FID of this folder, zip or npz of images, nothing else.")
+@extractor_option
+@click.option(
+    "--classifiers",
+    type=click.Choice(["paper", "wrn", "wrn-cifar"]),
+    help="Also train the paper's LogReg, MLP and CNN, or the benchmark's WRN-40-4 or WRN-28-10.",
+)
+@click.option("--classifier-epochs", type=int, metavar="N", help="Fewer epochs than the protocol's; said beside it.")
 @click.option("--real", type=PATH, metavar="ZIP", help="Archive of the training images; default: the run's own.")
 @click.option("--holdout", type=PATH, metavar="ZIP", help="Archive of held-out real images; default: the run's own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def evaluate(workdir: Path, real: Path | None, holdout: Path | None, as_json: bool) -> None:
-    """Measure a run's synthetic images on real ones and write both report pages. The figures are private."""
-    from dpdm import config as configs
-    from dpdm.data.archive import ImageArchive
-    from dpdm.evaluate import evaluate as measure
-    from dpdm.evaluate import read_synthetic, summary, write_reports
-    from dpdm.train import open_archive
+def evaluate(
+    workdir: Path | None,
+    statistics: Path | None,
+    samples: Path | None,
+    extractor: str,
+    classifiers: str | None,
+    classifier_epochs: int | None,
+    real: Path | None,
+    holdout: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a run's synthetic images on real ones and write both report pages. The figures are private.
 
-    run = Workdir(workdir)
-    if not run.config.exists():
-        raise InputError(f"Expected a run in {workdir}, found none: check --workdir.")
-    config = configs.load([run.config])
-    training = ImageArchive(real) if real else open_archive(config, run)
-    held_out = holdout or (run.holdout_archive if run.holdout_archive.exists() else None)
-    synthetic = read_synthetic(run, config)
-    result = measure(run, synthetic, training, ImageArchive(held_out) if held_out else None)
-    if run.release.exists() and run.checkpoint.exists():
-        write_reports(run, synthetic, training, {})
-    print(json.dumps(result) if as_json else summary(result))
+    With --fid also FID, kernel distance (KID), precision, recall and, where the extractor gives class probabilities,
+    the Inception score.
+    """
+    from dpdm import evaluate as measures
+    from dpdm import fidelity
+
+    if samples is None:
+        if workdir is None:
+            raise InputError("Expected --workdir, got none: give a run's folder, or --fid with --samples.")
+        wanted = measures.Classifiers(classifiers, classifier_epochs) if classifiers else None
+        fid = measures.Fid(statistics, extractor) if statistics else None
+        result = measures.evaluate_run(Workdir(workdir), fid, wanted, real=real, holdout=holdout)
+        text = measures.summary
+    else:
+        if statistics is None:
+            raise InputError("Expected --fid with --samples, got none: give a file that dpdm fid-stats wrote.")
+        run = Workdir(workdir) if workdir else None
+        result = measures.evaluate_samples(samples, measures.Fid(statistics, extractor), run, real=real)
+        text = fidelity.summary
+    if speaks():
+        print(json.dumps(result) if as_json else text(result))
 
 
 @app.command(short_help="Check a release against its own statement.")
@@ -261,7 +381,8 @@ def verify(release: Path) -> None:
     for problem in problems:
         print(f"dpdm: {release}: {problem}", file=sys.stderr)
     if problems:
-        raise RunError(f"{release} does not agree with its own statement.")
+        what = "does not agree with its own statement" if statement["mechanisms"] else "gives no verifiable guarantee"
+        raise RunError(f"{release} {what}.")
     print(
         f"{release} is consistent: epsilon {round_up(statement['epsilon'])} at delta {statement['delta']:g}, "
         f"{statement['adjacency']}. That training followed the statement cannot be proved from here."
@@ -276,7 +397,8 @@ def main() -> None:
 def run_command(arguments: list[str]) -> int:
     """Runs one command; returns its exit status. Every expected failure is one line on standard error."""
     try:
-        result = app.main(args=arguments, prog_name="dpdm", standalone_mode=False)
+        with launch.group():
+            result = app.main(args=arguments, prog_name="dpdm", standalone_mode=False, obj=arguments)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
@@ -287,7 +409,11 @@ def run_command(arguments: list[str]) -> int:
     except InputError as error:
         return _fail(str(error), 2)
     except (click.exceptions.Abort, KeyboardInterrupt):
+        if not speaks():
+            return 130
         return _fail("Interrupted; what was saved is kept. The same command goes on (dpdm train: add --resume).", 130)
+    except PeerError:
+        return 1  # the process that failed has said why
     except RunError as error:
         return _fail(str(error), 1)
     except OSError as error:
@@ -330,7 +456,7 @@ def _split(config: tuple[str, ...], words: tuple[str, ...]) -> tuple[list[str], 
     return [*config, *(w for w in words if "=" not in w)], [w for w in words if "=" in w]
 
 
-def _side(resolution: str | None) -> int | None:
+def _resolution(resolution: str | None) -> "Resolution | None":
     from dpdm.data.transforms import parse_resolution
 
     return None if resolution is None else parse_resolution(resolution)

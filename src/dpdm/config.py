@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,15 +20,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpdm import reference
 from dpdm.data.archive import ImageArchive
 from dpdm.diffusion.denoiser import Denoiser, DenoiserKind
 from dpdm.diffusion.loss import LossConfig
 from dpdm.diffusion.sampling import SamplerConfig
 from dpdm.diffusion.unet import NetworkConfig, UNet
 from dpdm.errors import InputError
+from dpdm.evaluation.fid import EvaluationConfig
 from dpdm.files import write_text
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.dpsgd import DPConfig
+from dpdm.progress import speaks
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,15 @@ class ModelConfig:
     """Attributes:
     denoiser: preconditioning.
     ema_rate: of the weights' moving average, which is what is released.
-    ckpt: release folder or weights file to sample from.
+    ckpt: release folder, weights file or original checkpoint to sample from.
+    use_ema: take the average from an original checkpoint, not the raw weights; a release holds the average alone.
     network: size of the network.
     """
 
     denoiser: DenoiserKind = "edm"
     ema_rate: float = 0.999
     ckpt: str | None = None
+    use_ema: bool = True
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self) -> None:
@@ -111,7 +117,12 @@ class TrainConfig:
         num_iterations: steps; overrides num_epochs, for calibration and running alike.
         physical_batch_size: most examples in one forward pass; None: by a rule from the network's size.
         n_splits: cuts the physical batch to at most expected_batch_size / n_splits.
+        log_every: steps between lines on the terminal with the mean loss of these steps; private. None: no lines.
+        log_threshold: no such line before this step.
+        snapshot_every: steps between pictures of the present model in private/snapshots/; None: no pictures.
+        snapshot_threshold: no picture before this step.
         checkpoint_every: steps between checkpoints.
+        checkpoint_threshold: no checkpoint for this reason before this step.
         seed: of the initial weights and the warm-up's training, never of privacy.
         warmup: on central images.
     """
@@ -121,7 +132,12 @@ class TrainConfig:
     num_iterations: int | None = None
     physical_batch_size: int | None = None
     n_splits: int = 1
+    log_every: int | None = None
+    log_threshold: int = 0
+    snapshot_every: int | None = None
+    snapshot_threshold: int = 0
     checkpoint_every: int = 50
+    checkpoint_threshold: int = 0
     seed: int = 0
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
 
@@ -132,11 +148,16 @@ class TrainConfig:
             "num_iterations",
             "physical_batch_size",
             "n_splits",
+            "log_every",
+            "snapshot_every",
             "checkpoint_every",
         ):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"Expected a finite train.{name} > 0, got {value}.")
+        for name in ("log_threshold", "snapshot_threshold", "checkpoint_threshold"):
+            if getattr(self, name) < 0:
+                raise InputError(f"Expected train.{name} >= 0, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"Expected 0 <= train.seed < 2**63, got {self.seed}.")
 
@@ -145,13 +166,17 @@ class TrainConfig:
 class SetupConfig:
     """Attributes:
     device: auto takes a GPU if there is one.
-    num_threads: of the CPU; None: all cores.
+    num_threads: of the CPU, for each process; None: all cores.
+    n_gpus_per_node: processes on this machine, which share each step out; see also torchrun.
     """
 
     device: str = "auto"
     num_threads: int | None = None
+    n_gpus_per_node: int = 1
 
     def __post_init__(self) -> None:
+        if self.n_gpus_per_node < 1:
+            raise InputError(f"Expected setup.n_gpus_per_node >= 1, got {self.n_gpus_per_node}.")
         if self.num_threads is not None and self.num_threads < 1:
             raise InputError(f"Expected setup.num_threads >= 1, got {self.num_threads}.")
 
@@ -167,19 +192,41 @@ class Config:
     dp: DPConfig = field(default_factory=DPConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     setup: SetupConfig = field(default_factory=SetupConfig)
 
 
-def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Config:
+def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, quiet: bool = False) -> Config:
     """Returns the config of YAML ``files``, merged in order, then ``key.subkey=value`` overrides.
+
+    The original's keys are taken as well (see ``reference.py``); those that mean nothing here are named on standard
+    error, unless ``quiet``.
 
     Raises:
         InputError: for a file that cannot be read, an unknown key, a wrong type or a value out of range.
     """
     config = OmegaConf.structured(Config)
     _make_writable(config)
-    for file in files:
-        config = _merge(config, _read_yaml(Path(file)), str(file))
+    passed_over: list[str] = []
+    for source, change in [*((str(file), _read_yaml(Path(file))) for file in files), _read_overrides(overrides)]:
+        content, meaningless = reference.translate(
+            OmegaConf.to_container(change, resolve=False),  # type: ignore[arg-type]
+            source,
+            beta_min=OmegaConf.select(config, "loss.beta_min"),
+        )
+        passed_over += meaningless
+        config = _merge(config, OmegaConf.create(content), source)
+    try:
+        loaded: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise InputError(f"Expected a plain value of {error.full_key}, got: {_first_line(error)}.") from None
+    if passed_over and not quiet and speaks():
+        print(f"dpdm: keys that mean nothing here: {', '.join(dict.fromkeys(passed_over))}.", file=sys.stderr)
+    return loaded
+
+
+def _read_overrides(overrides: Sequence[str]) -> tuple[str, DictConfig]:
+    merged = OmegaConf.create()
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
@@ -188,11 +235,8 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> Con
             change = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise InputError(f"Expected a YAML value for {key}, got {value!r} ({_first_line(error)}).") from None
-        config = _merge(config, change, "the command line")
-    try:
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise InputError(f"Expected a plain value of {error.full_key}, got: {_first_line(error)}.") from None
+        merged = OmegaConf.merge(merged, change)
+    return "the command line", merged  # type: ignore[return-value]
 
 
 def to_yaml(config: Config) -> str:
@@ -210,10 +254,12 @@ def fingerprint(*parts: Any) -> str:
 
 
 def run_hash(config: Config) -> str:
-    """Returns a hash of what may not change when a run goes on: all but where data lie and how a step is cut up."""
+    """Returns a hash of what may not change when a run goes on: not where data lie, how steps are cut and watched."""
     data = replace(config.data, path=None, name=None)
-    model = replace(config.model, ckpt=None)
-    train = replace(config.train, physical_batch_size=None, n_splits=1, checkpoint_every=1)
+    model = replace(config.model, ckpt=None, use_ema=True)
+    watched = {"log_every", "log_threshold", "snapshot_every", "snapshot_threshold"}
+    pieces = {"physical_batch_size", "n_splits", "checkpoint_every", "checkpoint_threshold"}
+    train = {name: value for name, value in asdict(config.train).items() if name not in watched | pieces}
     return fingerprint(data, model, config.loss, config.optim, config.dp, train)
 
 

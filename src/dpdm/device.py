@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dpdm import distributed
 from dpdm.errors import InputError
 
 LIBRARIES = ("dpdm", "torch", "numpy", "cryptography", "dp-accounting")
@@ -17,19 +18,31 @@ ROUNDING_VARIABLES = ("ATEN_", "ONEDNN_", "DNNL_", "MKL_", "OMP_", "CUBLAS_", "C
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device called ``name``; auto is a GPU if there is one.
+    """Returns the device called ``name``; auto is a GPU if there is one, under torchrun the one of this process.
 
     Raises:
         InputError: if it cannot be used.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL takes the current one
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"Expected setup.device to be auto, cpu or a usable GPU, got {name!r}: {reason}") from None
+
+
+def total_memory(device: torch.device) -> int:
+    """Returns the bytes of memory of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -54,6 +67,7 @@ def execution(device: torch.device) -> str:
         "environment": environment(device),
         "code": _code_hash(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.size(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
         "matmul": torch.get_float32_matmul_precision(),

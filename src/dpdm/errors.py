@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Something failed on the way: exit status 1, what was saved before stays valid."""
+
+
+class PeerError(RunError):
+    """Another process of the same run failed, and has said so."""

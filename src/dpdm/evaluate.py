@@ -2,19 +2,22 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dpdm import checkpoint
+from dpdm import checkpoint, distributed, fidelity
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
 from dpdm.device import environment, pick_device
 from dpdm.errors import InputError
 from dpdm.evaluation.classifiers import Accuracy, logistic_regression_accuracy, majority_accuracy
+from dpdm.evaluation.downstream import PROTOCOLS, accuracy_on_test, train_classifier
 from dpdm.evaluation.features import Extractor, extract, pixel_extractor, train_feature_extractor, within_class_variance
+from dpdm.evaluation.fid import Images
 from dpdm.evaluation.frechet import feature_statistics, frechet_distance
 from dpdm.evaluation.guarantee import Guarantee
 from dpdm.evaluation.report import (
@@ -29,11 +32,29 @@ from dpdm.files import write_json
 from dpdm.generate import draw
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
+from dpdm.run import open_archive
 from dpdm.workdir import Workdir
 
-LARGEST_SET = 60_000  # images of one kind that are measured
+LARGEST_SET = 65_000  # images of one kind that are measured: the paper trains on 60,000, and 5,000 are held out
 REPORT_IMAGES = 600
 CURVE_POINTS = 12
+
+
+@dataclass(frozen=True)
+class Classifiers:
+    """Downstream classifiers that are wanted: a protocol of ``downstream.PROTOCOLS``, None for its epochs."""
+
+    protocol: str
+    epochs: int | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Fid:
+    """Wish for FID to a file of statistics, by an extractor (see ``open_extractor``)."""
+
+    statistics: Path
+    extractor: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,63 @@ class ImageSet:
     labels: np.ndarray | None
 
 
-def evaluate(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, holdout: ImageArchive | None) -> dict[str, Any]:
+def evaluate_run(
+    workdir: Workdir,
+    fid: Fid | None = None,
+    classifiers: Classifiers | None = None,
+    *,
+    real: Path | None = None,
+    holdout: Path | None = None,
+) -> dict[str, Any]:
+    """Measures a run's synthetic images, on archives that are its own unless given, and writes both report pages.
+
+    To be called by all processes; see ``evaluate`` for what is measured.
+    """
+    with distributed.together():
+        training = _training_images(real, workdir)
+        synthetic = read_synthetic(workdir, configs.load([workdir.config]))
+    held_out = holdout or (workdir.holdout_archive if workdir.holdout_archive.exists() else None)
+    found = None
+    if fid is not None:
+        images = Images.of("synthetic", synthetic.images)
+        found = fidelity.measure(fid.statistics, images, fidelity.archive_images("real", training), fid.extractor)
+
+    def measure() -> dict[str, Any]:
+        test = ImageArchive(held_out) if held_out else None
+        result = evaluate(workdir, synthetic, training, test, found, classifiers)
+        if workdir.release.exists() and workdir.checkpoint.exists():
+            write_reports(workdir, synthetic, training, {})
+        return result
+
+    return distributed.on_main(measure)
+
+
+def evaluate_samples(samples: Path, fid: Fid, workdir: Workdir | None, *, real: Path | None = None) -> dict[str, Any]:
+    """Returns FID and its kin of any images, see ``fidelity.measure``; real ones from ``real`` or a run, if given."""
+    with distributed.together():
+        archive = None if real is None and workdir is None else _training_images(real, workdir)
+        compared = None if archive is None else fidelity.archive_images("real", archive)
+        given = fidelity.open_samples(samples)
+    return fidelity.measure(fid.statistics, given, compared, fid.extractor)
+
+
+def _training_images(real: Path | None, workdir: Workdir | None) -> ImageArchive:
+    """Returns the archive ``real``, or else the run's own training images."""
+    if workdir is not None and not workdir.config.exists():
+        raise InputError(f"Expected a run in {workdir.root}, found none: check --workdir.")
+    if real is not None or workdir is None:
+        return ImageArchive(Path(real or ""))
+    return open_archive(configs.load([workdir.config]), workdir)
+
+
+def evaluate(
+    workdir: Workdir,
+    synthetic: ImageSet,
+    real: ImageArchive,
+    holdout: ImageArchive | None,
+    fid: dict[str, Any] | None = None,
+    classifiers: Classifiers | None = None,
+) -> dict[str, Any]:
     """Measures synthetic images against real ones, writes ``private/evaluation.json`` and returns its content.
 
     Everything here is computed on private images without noise: outside the guarantee, for the owner alone.
@@ -55,6 +132,8 @@ def evaluate(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, holdout:
         synthetic: the released images.
         real: the training images.
         holdout: real images that took no part in training; None leaves the classifiers out.
+        fid: what ``fidelity.measure`` found, to be kept and shown with the rest.
+        classifiers: also train these, on synthetic and on real images, and test them on ``holdout``.
 
     Raises:
         InputError: if sizes or classes differ.
@@ -67,6 +146,8 @@ def evaluate(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, holdout:
     if warmup is not None:
         sets.append(warmup)
     labelled = synthetic.labels is not None and train_set.labels is not None
+    if classifiers and not (labelled and test_set is not None):
+        raise InputError("Expected labels and held-out real images for classifiers, got none: give --holdout.")
     extractor = _extractor(train_set, real.num_classes if labelled else 0)
     target = feature_statistics(extract(extractor, train_set.images))
     result: dict[str, Any] = {
@@ -83,6 +164,12 @@ def evaluate(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, holdout:
     if labelled and test_set is not None:
         result["accuracy"] = {s.name: asdict(_accuracy(s, test_set)) for s in [*sets, train_set]}
         result["accuracy"]["majority class"] = asdict(majority_accuracy(_labels(train_set), _labels(test_set)))
+    if classifiers and test_set is not None:
+        result["classifiers"] = {
+            s.name: downstream_accuracies(classifiers, s, test_set, real.num_classes) for s in (synthetic, train_set)
+        }
+    if fid is not None:
+        result["fid"] = fid
     write_json(workdir.evaluation, result)
     return result
 
@@ -145,6 +232,23 @@ def spending(statement: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.array(epsilons)
 
 
+def downstream_accuracies(wanted: Classifiers, images: ImageSet, test: ImageSet, num_classes: int) -> dict[str, Any]:
+    """Returns accuracy and training of each classifier of a protocol, trained on ``images``, by its name."""
+    found = {}
+    for name in PROTOCOLS[wanted.protocol]:
+        trained = train_classifier(
+            name,
+            images.images,
+            images.labels,
+            num_classes=num_classes,
+            source="real" if images.name == "real" else "synthetic",
+            device=pick_device(wanted.device),
+            epochs=wanted.epochs,
+        )
+        found[name] = asdict(accuracy_on_test(trained, test.images, test.labels))
+    return found
+
+
 def sections(result: dict[str, Any]) -> tuple[Section, ...]:
     """Returns the tables of the private report from an evaluation."""
     tables = []
@@ -164,6 +268,8 @@ def sections(result: dict[str, Any]) -> tuple[Section, ...]:
                 f"Logistic regression, tested on {result['num_holdout']} held-out real images.",
             )
         )
+    if "classifiers" in result:
+        tables.append(_classifier_section(result["classifiers"]))
     rows = tuple(
         Measurement(f"{name[0].upper()}{name[1:]} images", f"{v:.3g}") for name, v in result["frechet"].items()
     )
@@ -175,7 +281,24 @@ def sections(result: dict[str, Any]) -> tuple[Section, ...]:
     )
     explanation = "Pixel variance inside a class, as a share of that of the real training images."
     tables.append(Section("Variety", rows, explanation))
+    if "fid" in result:
+        rows = tuple(Measurement(*row) for row in fidelity.rows(result["fid"]))
+        tables.append(Section("FID and its kin", rows, f"Features: {result['fid']['extractor']}."))
     return tuple(tables)
+
+
+def _classifier_section(result: dict[str, Any]) -> Section:
+    rows, protocol = [], ""
+    for name, found in result.items():
+        for classifier, accuracy in found.items():
+            training = accuracy["training"]
+            protocol = f"Protocol: {training['protocol']}; {accuracy['num_test']} held-out real images."
+            remark = f"epoch {training['chosen_epoch']} of {training['epochs']}, {training['num_train']} images"
+            remark = f"{remark}; {training['note']}" if training["note"] else remark
+            rows.append(
+                Measurement(f"{classifier}, trained on {name} images", f"{100 * accuracy['value']:.1f} %", remark)
+            )
+    return Section("Downstream classifiers", tuple(rows), protocol)
 
 
 def warmup_images(workdir: Workdir, count: int) -> ImageSet | None:
@@ -203,10 +326,15 @@ def summary(result: dict[str, Any]) -> str:
     if "accuracy" in result:
         values = ", ".join(f"{name} {100 * value['value']:.1f} %" for name, value in result["accuracy"].items())
         lines.append(f"  logistic regression on held-out real images, trained on: {values}")
+    for name, found in result.get("classifiers", {}).items():
+        values = ", ".join(f"{classifier} {100 * value['value']:.1f} %" for classifier, value in found.items())
+        lines.append(f"  classifiers on held-out real images, trained on {name}: {values}")
     lines.append("  Frechet distance: " + ", ".join(f"{name} {v:.3g}" for name, v in result["frechet"].items()))
     lines.append(f"    ({result['extractor']})")
     shares = ", ".join(f"{name} {100 * v:.0f} %" for name, v in result["variance_share"].items())
     lines.append(f"  within-class variance, share of the real: {shares}")
+    if "fid" in result:
+        lines.append(fidelity.summary(result["fid"]))
     return "\n".join(lines)
 
 

@@ -1,19 +1,32 @@
-"""From a model to files of images."""
+"""From a model to files of images.
+
+However many images, one batch of them is in memory at a time, beside eight bytes of label for each; with several
+processes each draws its share.
+"""
 
 import csv
+import secrets
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dpdm import distributed
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter
-from dpdm.device import pick_device
+from dpdm.device import pick_device, use_full_precision
 from dpdm.diffusion.denoiser import Denoiser
+from dpdm.diffusion.image_noise import image_labels
 from dpdm.diffusion.sampling import sample
-from dpdm.errors import InputError
+from dpdm.errors import InputError, RunError
 from dpdm.evaluation.grids import image_grid
 from dpdm.files import fsync
 from dpdm.progress import Progress
@@ -21,10 +34,12 @@ from dpdm.progress import Progress
 GRID_IMAGES = 100
 GRID_COLUMNS = 10
 GRID_PIXELS = 640
+GRID_CHOICE = 10_000  # the grid is chosen from the first images, which are enough for 100 classes
+BYTES_PER_READ = 2**22
 
 
 def draw(denoiser: Denoiser, config: Config, *, num_images: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Draws images 0 .. num_images - 1 of the sampler's seed.
+    """Draws images 0 .. num_images - 1 of the sampler's seed into memory, in this process alone.
 
     Image i is a function of (weights, config, seed, i): it does not depend on how many are drawn or at a time.
 
@@ -32,74 +47,94 @@ def draw(denoiser: Denoiser, config: Config, *, num_images: int | None = None) -
         (n, C, H, W) uint8 and labels (n,) int64, None for an unconditional model.
     """
     total = num_images or config.sampler.num_images
-    device = pick_device(config.setup.device)
-    network = denoiser.to(device).network
-    images, labels = [], []
-    with Progress("Sampling", total, unit="images") as progress:
-        for start in range(0, total, config.sampler.batch_size):
-            indices = range(start, min(start + config.sampler.batch_size, total))
-            drawn, classes = sample(
-                denoiser,
-                config.sampler,
-                seed=config.sampler.seed,
-                indices=indices,
-                num_classes=network.num_classes,
-                resolution=network.resolution,
-                num_channels=network.num_channels,
-                device=device,
-            )
-            images.append(drawn.numpy())
-            if classes is not None:
-                labels.append(classes.numpy())
-            progress.advance(len(indices))
-    return np.concatenate(images), np.concatenate(labels) if labels else None
+    return draw_some(denoiser, config, range(total)), _labels(denoiser, config, total)
 
 
-def write_samples(folder: Path, images: np.ndarray, labels: np.ndarray | None, *, output: str = "folder") -> None:
-    """Writes images to ``folder``: PNGs and ``labels.csv``, or ``images.zip``, or ``images.npz``; always ``grid.png``.
+def draw_some(denoiser: Denoiser, config: Config, indices: range) -> np.ndarray:
+    """Draws the images of ``indices`` alone, (n, C, H, W) uint8; n may be 0."""
+    network = denoiser.network
+    nothing = np.empty((0, network.num_channels, network.resolution, network.resolution), np.uint8)
+    return np.concatenate([nothing, *_batches(denoiser, config, indices)])
 
-    The folder appears as a whole or not at all.
+
+def make_samples(
+    denoiser: Denoiser,
+    config: Config,
+    *,
+    folder: Path | None = None,
+    archive: Path | None = None,
+    num_images: int | None = None,
+) -> int:
+    """Draws the same images as ``draw`` into files; to be called by all processes, of which each draws its share.
+
+    Files appear whole or not at all; several processes need a file system that all of them see.
+
+    Args:
+        denoiser: draws them.
+        config: its sampler says how, how many and, by ``output``, as which files.
+        folder: gets PNGs (and, of a model with classes, ``labels.csv``), or ``images.zip``, or ``images.npz``; and
+            always ``grid.png``.
+        archive: gets the images as a zip of PNGs with ``dataset.json``. One of ``folder`` and ``archive`` is needed.
+        num_images: None takes the sampler's.
+
+    Returns:
+        The number of images.
 
     Raises:
-        InputError: if it holds something already.
+        InputError: if there is something in the folder, or the sampler's settings do not fit the model.
+        RunError: if drawing or writing fails, here or (PeerError) in another process.
     """
-    check_empty(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        if output == "folder":
-            names = [f"{index:06d}.png" for index in range(len(images))]
-            for name, image in zip(names, images, strict=True):
-                to_image(image).save(temporary / name)
-            if labels is not None:
-                with (temporary / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-                    csv.writer(file).writerows([("file", "label"), *zip(names, labels.tolist(), strict=True)])
-        elif output == "zip":
-            write_archive(temporary / "images.zip", images, labels)
-        else:
-            path = temporary / "images.npz"
-            np.savez(path, images=images) if labels is None else np.savez(path, images=images, labels=labels)
-        grid(images, labels).save(temporary / "grid.png")
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    beside = folder or archive
+    if beside is None:
+        raise ValueError("Expected folder or archive, got neither.")
+    config = replace(config, sampler=replace(config.sampler, num_images=num_images or config.sampler.num_images))
+    with distributed.together():
+        labels = _labels(denoiser, config, config.sampler.num_images)
+        if folder is not None:
+            check_empty(folder)
+    with _workspace(beside.parent) as workspace:
+        with distributed.together():
+            _draw_share(denoiser, config, workspace, pngs=folder is not None and config.sampler.output == "folder")
+        with distributed.together():
+            if distributed.is_main():
+                shape = (denoiser.network.num_channels, denoiser.network.resolution, denoiser.network.resolution)
+                _assemble(config, workspace, labels, shape, folder, archive)
+    return config.sampler.num_images
 
 
 def check_empty(folder: Path) -> None:
-    """Raises InputError if ``folder`` exists and holds anything."""
-    if folder.exists() and any(folder.iterdir()):
+    """Raises InputError if ``folder`` exists and is no folder or holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"Expected an empty folder {folder}, got one with files: choose another --workdir.")
 
 
-def write_archive(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """Writes a zip of PNGs with ``dataset.json``, the layout that StyleGAN and EDM tools read."""
+def write_archive(path: Path, images: Iterable[np.ndarray], labels: np.ndarray | None) -> None:
+    """Writes (C, H, W) images as a zip of PNGs with ``dataset.json``, the layout that StyleGAN and EDM tools read."""
     with ArchiveWriter(path) as writer:
         for index, image in enumerate(images):
             writer.add(image, None if labels is None else int(labels[index]))
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], labels: np.ndarray | None, shape: Sequence[int]) -> None:
+    """Writes (C, H, W) images as ``arr_0``, (n, H, W, C), and labels as ``arr_1``: what guided-diffusion's tools read.
+
+    Args:
+        path: the file to write.
+        images: n of them, taken one by one.
+        labels: (n,) or None: then there is no ``arr_1``.
+        shape: (n, C, H, W).
+    """
+    count, channels, height, width = shape
+    with zipfile.ZipFile(path, "w") as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as member:
+            form = {"descr": "|u1", "fortran_order": False, "shape": (count, height, width, channels)}
+            np.lib.format.write_array_header_1_0(member, form)
+            for image in images:
+                member.write(image.transpose(1, 2, 0).tobytes())
+        if labels is not None:
+            with file.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, labels)
+    fsync(path)
 
 
 def to_image(image: np.ndarray) -> Image.Image:
@@ -109,13 +144,170 @@ def to_image(image: np.ndarray) -> Image.Image:
 
 def grid(images: np.ndarray, labels: np.ndarray | None) -> Image.Image:
     """Returns up to 100 images as one picture, by class where there are classes."""
-    chosen: Sequence[int] = range(min(GRID_IMAGES, len(images)))
-    if labels is not None:
-        rank = np.zeros(len(labels), dtype=np.int64)
-        for label in np.unique(labels):
-            rank[labels == label] = np.arange((labels == label).sum())
-        rows = max(1, GRID_IMAGES // max(1, len(np.unique(labels))))
-        chosen = [i for i in np.lexsort((rank, labels)) if rank[i] < rows][:GRID_IMAGES]
-    columns = min(GRID_COLUMNS, len(chosen))
-    scale = max(1, GRID_PIXELS // (columns * images.shape[-1]))
-    return image_grid(images[list(chosen)], columns, scale)
+    return _lay_out(images[_choose(len(images), labels)])
+
+
+def _choose(count: int, labels: np.ndarray | None) -> list[int]:
+    """Which of ``count`` images a grid shows, in its order."""
+    if labels is None:
+        return list(range(min(GRID_IMAGES, count)))
+    nth = np.zeros(count, dtype=np.int64)  # of its class
+    for label in np.unique(labels):
+        nth[labels == label] = np.arange((labels == label).sum())
+    rows = max(1, GRID_IMAGES // len(np.unique(labels)))
+    return [int(i) for i in np.lexsort((nth, labels)) if nth[i] < rows][:GRID_IMAGES]
+
+
+def _lay_out(images: np.ndarray) -> Image.Image:
+    columns = min(GRID_COLUMNS, len(images))
+    return image_grid(images, columns, max(1, GRID_PIXELS // (columns * images.shape[-1])))
+
+
+def _labels(denoiser: Denoiser, config: Config, count: int) -> np.ndarray | None:
+    sampler = config.sampler
+    labels = image_labels(sampler.labels, sampler.seed, range(count), denoiser.network.num_classes)
+    return None if labels is None else labels.numpy()
+
+
+def _batches(denoiser: Denoiser, config: Config, indices: range) -> Iterator[np.ndarray]:
+    """Yields the images of ``indices`` as (n, C, H, W) uint8, ``sampler.batch_size`` at a time."""
+    use_full_precision()  # with TF32 an image would depend on its batch by more than one grey level
+    device = pick_device(config.setup.device)
+    network = denoiser.to(device).network
+    unit = "images" if distributed.size() == 1 else f"images in each of {distributed.size()} processes"
+    with Progress("Sampling", len(indices), unit=unit) as progress:
+        for start in range(0, len(indices), config.sampler.batch_size):
+            part = indices[start : start + config.sampler.batch_size]
+            images, _ = sample(
+                denoiser,
+                config.sampler,
+                seed=config.sampler.seed,
+                indices=part,
+                num_classes=network.num_classes,
+                resolution=network.resolution,
+                num_channels=network.num_channels,
+                device=device,
+            )
+            yield images.numpy()
+            progress.advance(len(part))
+
+
+def _draw_share(denoiser: Denoiser, config: Config, workspace: Path, *, pngs: bool) -> None:
+    """Draws this process's share into ``workspace``: its pixels as they are, and if wanted PNGs in ``samples/``."""
+    if not workspace.is_dir():
+        raise RunError(f"Expected every process to see {workspace}, this one does not: put --workdir on a shared disk.")
+    indices = distributed.share(config.sampler.num_images)
+    index = indices.start
+    with _pixels(workspace, distributed.rank()).open("wb") as file:
+        for images in _batches(denoiser, config, indices):
+            file.write(images.tobytes())
+            for image in images if pngs else ():
+                to_image(image).save(workspace / "samples" / _png_name(index, config.sampler.num_images))
+                index += 1
+
+
+def _drawn(workspace: Path, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+    """Yields the (C, H, W) images that all processes have drawn, in order."""
+    size = int(np.prod(shape))
+    for there in range(distributed.size()):
+        with _pixels(workspace, there).open("rb") as file:
+            while content := file.read(max(1, BYTES_PER_READ // size) * size):
+                yield from np.frombuffer(content, np.uint8).reshape(-1, *shape)
+
+
+def _assemble(
+    config: Config,
+    workspace: Path,
+    labels: np.ndarray | None,
+    shape: tuple[int, int, int],
+    folder: Path | None,
+    archive: Path | None,
+) -> None:
+    """Makes of what was drawn what was asked for, and moves it to its place."""
+    total, output = config.sampler.num_images, config.sampler.output
+    samples = workspace / "samples"
+    if folder is not None:
+        if output == "folder" and labels is not None:
+            names = (_png_name(index, total) for index in range(total))
+            with (samples / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(chain([("file", "label")], zip(names, labels.tolist(), strict=True)))
+        elif output == "zip":
+            write_archive(samples / "images.zip", _drawn(workspace, shape), labels)
+        elif output == "npz":
+            write_npz(samples / "images.npz", _drawn(workspace, shape), labels, (total, *shape))
+        _sample_grid(_drawn(workspace, shape), total, labels).save(samples / "grid.png")
+    if archive is not None:
+        write_archive(workspace / "archive.zip", _drawn(workspace, shape), labels)
+    if folder is not None:
+        try:
+            samples.rename(folder)  # replaces an empty folder, and no other
+        except OSError:
+            check_empty(folder)  # somebody else was faster
+            raise
+    if archive is not None:
+        (workspace / "archive.zip").rename(archive)
+    fsync(workspace.parent)
+
+
+def _sample_grid(images: Iterable[np.ndarray], total: int, labels: np.ndarray | None) -> Image.Image:
+    """Returns what ``grid`` would of the first images, without holding more than it shows."""
+    chosen = _choose(min(total, GRID_CHOICE), None if labels is None else labels[:GRID_CHOICE])
+    wanted = set(chosen)
+    shown = {i: image.copy() for i, image in enumerate(islice(images, max(chosen) + 1)) if i in wanted}
+    return _lay_out(np.stack([shown[i] for i in chosen]))
+
+
+def _png_name(index: int, total: int) -> str:
+    """Six digits, and more only if there are more than a million images."""
+    return f"{index:0{max(6, len(str(total - 1)))}d}.png"
+
+
+def _pixels(workspace: Path, there: int) -> Path:
+    return workspace / f"{there}.pixels"
+
+
+@contextmanager
+def _workspace(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent`` for all processes, with a folder ``samples`` in it; it is removed at the end.
+
+    Removed after Ctrl-C and a request to terminate as well; torchrun makes one when a process of its has failed.
+    """
+    was_there = parent.exists()
+
+    def make() -> Path:
+        path = parent / f".samples.{secrets.token_hex(6)}.tmp"
+        (path / "samples").mkdir(parents=True)
+        return path
+
+    with _termination_interrupts():
+        path = distributed.on_main(make)
+        try:
+            try:
+                yield path
+            finally:
+                if distributed.is_main():
+                    shutil.rmtree(path, ignore_errors=True)
+                    if not was_there:
+                        with suppress(OSError):  # not empty: there are samples
+                            parent.rmdir()
+        except Exception:
+            with suppress(RunError):
+                distributed.barrier()  # once a process has gone torchrun ends the others, so not while one cleans up
+            raise
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Meanwhile SIGTERM is what Ctrl-C is, so that what is temporary is removed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be received
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -10,6 +11,12 @@ from tqdm.auto import tqdm
 SECONDS_BETWEEN_LINES = 15.0
 
 
+def speaks() -> bool:
+    """Whether this process speaks to the user: of several, the first does."""
+    # torchrun's name for a process; asking torch.distributed would load torch.
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Progress:
     """Counts to ``total`` on standard error; use as a context manager and call ``advance``.
 
@@ -18,7 +25,8 @@ class Progress:
 
     def __init__(self, what: str, total: int, *, start: int = 0, unit: str = "it") -> None:
         self.what, self.total, self.done, self.unit = what, total, start, unit
-        self._bar = tqdm(total=total, initial=start, desc=what, unit=unit) if sys.stderr.isatty() else None
+        shows_bar = sys.stderr.isatty() and speaks()
+        self._bar = tqdm(total=total, initial=start, desc=what, unit=unit) if shows_bar else None
         self._last_line, self._printed = time.monotonic(), -1
 
     def advance(self, count: int = 1) -> None:
@@ -29,6 +37,8 @@ class Progress:
             self._print()
 
     def _print(self) -> None:
+        if not speaks():
+            return
         self._last_line, self._printed = time.monotonic(), self.done
         print(f"{self.what}: {self.done} of {self.total} {self.unit}", file=sys.stderr, flush=True)
 

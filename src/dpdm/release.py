@@ -1,11 +1,13 @@
 """What leaves the house: weights, redacted config, statement and model card, by an allow-list.
 
 ``release/`` holds these files and no others: ``model.safetensors``, ``config.json``, ``privacy.json``, ``README.md``.
+A converted checkpoint of the original gets the same four, and a statement that gives no guarantee.
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from dpdm import checkpoint
+from dpdm import checkpoint, reference_checkpoint
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.diffusion.denoiser import Denoiser
@@ -29,6 +32,7 @@ from dpdm.workdir import Workdir
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
 SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
 REDACTED = ("data.path", "model.ckpt", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
+CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
 LIBRARIES = ("dpdm", "torch", "numpy", "dp-accounting", "cryptography", "safetensors")
 
 
@@ -65,15 +69,46 @@ def _make_release(workdir: Workdir) -> Path:
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
             "the change."
         )
+    weights = {name: tensor.contiguous() for name, tensor in state.ema.items()}
+    statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"])
+    _write(workdir, weights, redacted(config), statement, model_card(statement, config))
+    forget_keys(workdir)
+    return workdir.release
+
+
+def convert(file: Path, config: Config, workdir: Workdir) -> Path:
+    """Writes ``release/`` from a checkpoint of the original; returns the folder.
+
+    Guarantee: none. The statement has no epsilon and no mechanism, so that it cannot pass for a private model's:
+    ``verify`` fails on it, reports and totals refuse it.
+
+    Raises:
+        InputError: if the file is no such checkpoint or does not fit the config, or there is a run or a release.
+    """
+    if not file.is_file():
+        raise InputError(f"Expected a checkpoint of the original at {file}, found none: check --from.")
+    for path in (workdir.release, workdir.ledger, workdir.checkpoint):
+        if path.exists():
+            raise InputError(f"Expected no run and no release in {workdir.root}, got one: choose another --workdir.")
+    network = reference_checkpoint.load_denoiser(file, config).network
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    sections = {name: section for name, section in redacted(config).items() if name in CONVERTED_SECTIONS}
+    statement = claim_statement(config, _sha256(file))
+    _write(workdir, weights, sections, statement, claim_card(statement, config))
+    return workdir.release
+
+
+def _write(
+    workdir: Workdir, weights: dict[str, Tensor], config: dict[str, Any], statement: dict[str, Any], card: str
+) -> None:
+    """Writes the release folder, which appears as a whole or not at all."""
     temporary = workdir.root / ".release.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        weights = {name: tensor.contiguous() for name, tensor in state.ema.items()}
         checkpoint.write_tensors(weights, temporary / "model.safetensors")
-        write_json(temporary / "config.json", redacted(config))
-        statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"])
-        write_text(temporary / "README.md", model_card(statement, config))
+        write_json(temporary / "config.json", config)
+        write_text(temporary / "README.md", card)
         statement["files"] = {name: _sha256(temporary / name) for name in ALLOWED if name != "privacy.json"}
         write_json(temporary / "privacy.json", statement)
         fsync(temporary / "model.safetensors")
@@ -81,8 +116,6 @@ def _make_release(workdir: Workdir) -> Path:
         fsync(workdir.root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    forget_keys(workdir)
-    return workdir.release
 
 
 def forget_keys(workdir: Workdir) -> None:
@@ -139,6 +172,33 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
     return statement
 
 
+def claim_statement(config: Config, checkpoint_sha256: str) -> dict[str, Any]:
+    """Returns the statement of converted weights, all but its ``files``: there is a claim at most, and no guarantee."""
+    claimed = config.dp.epsilon is not None
+    return {
+        "epsilon": None,
+        "delta": None,
+        "guarantee": "none that could be verified: the weights come from a checkpoint of the original DPDM, which "
+        "records neither accountant nor config nor randomness",
+        "claim": {
+            "epsilon": config.dp.epsilon,
+            "delta": config.dp.delta if claimed else None,
+            "source": "the config that was given with the checkpoint; nothing in the checkpoint supports it",
+        },
+        "checkpoint_sha256": checkpoint_sha256,
+        "weights": "moving average" if config.model.use_ema else "raw",
+        "unit": None,
+        "adjacency": None,
+        "accountant": None,
+        "dataset_size": None,
+        "clipping_norm": None,
+        "mechanisms": [],
+        "assumptions": [],
+        "not_covered": ["Everything: what these weights, and all images drawn from them, give away is not known here."],
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
 def _assumptions(mechanisms: list[Mechanism], planned_steps: int) -> list[str]:
     assumptions = [
         "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
@@ -172,21 +232,33 @@ def redacted(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(sections))
 
 
-def load_denoiser(path: str | Path, config: Config | None = None) -> Denoiser:
-    """Returns the denoiser of a release, in evaluation mode, on the CPU.
+def load_denoiser(path: str | Path, config: Config | str | Path | None = None) -> Denoiser:
+    """Returns the denoiser of a release or of a checkpoint of the original, in evaluation mode, on the CPU.
 
     Args:
-        path: a release folder, or its ``model.safetensors``.
-        config: replaces the release's own.
+        path: a release folder, or its ``model.safetensors``, or the original's file.
+        config: loaded, or the path of its file; replaces a release's own, is needed for a checkpoint of the original.
 
     Raises:
         InputError: if there is no such model, or weights and config do not fit each other.
     """
     path = Path(path)
+    if config is not None and not isinstance(config, Config):
+        config = configs.load([config])
     weights = path / "model.safetensors" if path.is_dir() else path
     if not weights.is_file():
         raise InputError(f"Expected a release folder or a weights file at {path}, found none: check model.ckpt.")
-    denoiser = configs.build_denoiser(config or load_config(weights.parent))
+    if reference_checkpoint.is_original(weights):
+        if config is None:
+            raise InputError(
+                f"Expected a config for {weights}, which is no release, got none: give the model's, such as --config "
+                "configs/mnist_28/sample_eps_1.0.yaml."
+            )
+        return reference_checkpoint.load_denoiser(weights, config)
+    config = config or load_config(weights.parent)
+    if not config.model.use_ema:
+        raise InputError(f"Expected model.use_ema=true for {weights}, got false: a release holds the average alone.")
+    denoiser = configs.build_denoiser(config)
     try:
         denoiser.network.load_state_dict(load_file(weights))
     except (SafetensorError, OSError) as error:
@@ -195,6 +267,14 @@ def load_denoiser(path: str | Path, config: Config | None = None) -> Denoiser:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Expected weights that fit the config in {weights}, got others: {reason}") from None
     return denoiser.eval()
+
+
+def own_config(path: Path) -> Path | None:
+    """Returns the config file of the release at ``path`` (a folder or its weights file); None if it is no release."""
+    if path.is_file() and reference_checkpoint.is_original(path):
+        return None
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return file if file.is_file() else None
 
 
 def load_config(release: Path) -> Config:
@@ -216,9 +296,8 @@ def verify(release: Path) -> tuple[dict[str, Any], list[str]]:
     path = release / "privacy.json"
     try:
         statement = json.loads(path.read_text(encoding="utf-8"))
-        mechanisms = [Mechanism(**m) for m in statement["mechanisms"]]
-        epsilon = accounting.epsilon_spent(mechanisms, statement["delta"])
-        claimed, files = float(statement["epsilon"]), dict(statement["files"])
+        unfounded = _check_epsilon(statement)
+        files = dict(statement["files"])
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"Expected a statement at {path}, found none: give a release folder.") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -231,9 +310,22 @@ def verify(release: Path) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{name} is missing")
         elif files.get(name) != _sha256(release / name):
             problems.append(f"{name} differs from the statement's hash")
-    if not epsilon <= claimed * (1 + 1e-6):
-        problems.append(f"epsilon is {epsilon:.6g} by the statement's mechanisms, {claimed:.6g} is claimed")
+    problems += unfounded
     return statement, problems
+
+
+def _check_epsilon(statement: Mapping[str, Any]) -> list[str]:
+    mechanisms = [Mechanism(**m) for m in statement["mechanisms"]]
+    if not mechanisms:
+        claim = statement.get("claim", statement)
+        return [
+            f"no mechanism is named, so its claim (epsilon {claim['epsilon']}, delta {claim['delta']}) cannot be "
+            "recomputed: there is no guarantee that could be verified"
+        ]
+    epsilon, claimed = accounting.epsilon_spent(mechanisms, statement["delta"]), float(statement["epsilon"])
+    if not epsilon <= claimed * (1 + 1e-6):
+        return [f"epsilon is {epsilon:.6g} by the statement's mechanisms, {claimed:.6g} is claimed"]
+    return []
 
 
 def model_card(statement: dict[str, Any], config: Config) -> str:
@@ -255,6 +347,25 @@ adding or removing {statement["unit"]} and its label, under the assumptions in `
 
 What is assumed and what is not covered stands in `privacy.json`. Check it by `dpdm verify .`; draw images by
 `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
+"""
+
+
+def claim_card(statement: Mapping[str, Any], config: Config) -> str:
+    data, claim = config.data, statement["claim"]
+    classes = f", {data.num_classes} classes" if data.num_classes else ""
+    said = "It was given without a claim."
+    if claim["epsilon"] is not None:
+        said = f"The config that was given with it claims epsilon {claim['epsilon']:g} at delta {claim['delta']:g}."
+    return f"""# {data.name or "Images"}: a diffusion model, converted
+
+A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, converted by dpdm
+{statement["versions"]["dpdm"]} from a checkpoint of the original DPDM.
+
+**No privacy guarantee of this model can be verified.** The checkpoint records neither how it was trained nor what was
+spent. {said}
+Nothing in the checkpoint could support or refute a claim, and `dpdm verify .` says so.
+
+Draw images by `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
 """
 
 

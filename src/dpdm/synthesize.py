@@ -14,11 +14,11 @@ from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
 from dpdm.data.prepare import prepare_with_holdout
 from dpdm.data.sources import source_path
-from dpdm.data.transforms import Transform
+from dpdm.data.transforms import Resolution, Transform
 from dpdm.errors import InputError, RunError
 from dpdm.evaluate import ImageSet, evaluate, read_synthetic, summary, write_reports
 from dpdm.files import write_json, write_text
-from dpdm.generate import draw, write_archive, write_samples
+from dpdm.generate import make_samples
 from dpdm.privacy import accounting, noise
 from dpdm.recipes import SELECTION, recipe
 from dpdm.release import forget_keys, load_denoiser, make_release
@@ -53,7 +53,7 @@ class Request:
     source: str
     epsilon: float
     delta: float | None = None
-    resolution: int | None = None
+    resolution: Resolution | None = None
     transform: Transform | None = None
     num_images: int | None = None
     overrides: tuple[str, ...] = ()
@@ -109,10 +109,13 @@ def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
     config = configs.load([workdir.config])
     num_images = request.num_images or real.num_images + holdout.num_images
     if not workdir.synthetic.exists():
-        images, labels = draw(load_denoiser(workdir.release), config, num_images=num_images)
-        if not workdir.samples.exists():
-            write_samples(workdir.samples, images, labels)
-        write_archive(workdir.synthetic, images, labels)
+        make_samples(
+            load_denoiser(workdir.release),
+            config,
+            folder=None if workdir.samples.exists() else workdir.samples,
+            archive=workdir.synthetic,
+            num_images=num_images,
+        )
         lap("Sampling")
     synthetic: ImageSet = read_synthetic(workdir, config)
     result = evaluate(workdir, synthetic, real, holdout)

@@ -4,109 +4,71 @@ images -> Poisson batch -> K noisy copies each -> denoiser -> one loss per examp
 -> / expected batch size -> Adam -> EMA
 """
 
-import json
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpdm import checkpoint
 from dpdm import config as configs
+from dpdm import distributed
 from dpdm.checkpoint import TrainState
-from dpdm.config import Config, OptimConfig
+from dpdm.config import Config, OptimConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
-from dpdm.data.prepare import prepare
-from dpdm.device import environment, execution, pick_device, use_full_precision
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
-from dpdm.errors import InputError
-from dpdm.files import write_text
-from dpdm.plan import Plan, check_keys, make_plan
+from dpdm.errors import RunError
+from dpdm.monitor import Monitor
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
-from dpdm.privacy.ledger import Ledger
 from dpdm.privacy.poisson import poisson_sample
 from dpdm.progress import Progress
+from dpdm.run import Books, Run, fresh_state, open_run, share_state
 from dpdm.warmup import central_images, train_on_central_images
 from dpdm.workdir import Workdir
 
-PIXELS_PER_PASS = 100_352  # 128 images of 28 x 28: enough to keep cores busy, about 2 GiB with the widest network
-GRADIENT_BYTES_PER_PASS = 2**29
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
-
-
-@dataclass
-class Run:
-    """What the loop works with; nothing of it leaves ``private/``."""
-
-    config: Config
-    workdir: Workdir
-    archive: ImageArchive
-    plan: Plan
-    denoiser: Denoiser
-    ledger: Ledger
-    key: bytes
-    data_fingerprint: str
-    device: torch.device
-    execution: str
-    physical_batch_size: int
-
-    def identity(self, *what: str | int) -> tuple[str, bytes]:
-        """Returns the ledger's name for a purchase, and the key of its randomness.
-
-        Guarantee: both depend on the run's key, the data, the config, what is bought, and on how it is computed
-        (code, libraries, hardware, threads, physical batch; see ``execution``). So the same randomness is not used for
-        two computations that differ; on a CPU, whoever repeats a purchase with the same identity gets the same bits.
-        The central images are exact integer sums, which no hardware changes; they depend on the code alone.
-        """
-        context: tuple[str | int, ...] = (self.data_fingerprint, configs.run_hash(self.config), *what)
-        if self.config.dp.seed is None and what[0] == "DP-SGD":
-            context = (*context, self.execution, self.physical_batch_size)
-        return noise.derive_key(self.key, "identity", *context).hex(), noise.derive_key(
-            self.key, "randomness", *context
-        )
 
 
 def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Config, TrainState]:
     """Trains until the plan is done, the budget is spent or somebody interrupts; returns the resolved config and state.
+
+    Called by every process of a group (see ``distributed``), it shares each step out among them.
 
     Guarantee: everything in the returned state but its curves is a function of mechanisms that are in the ledger. A
     killed run that is resumed never buys more than the plan: replayed steps are the same release, others are charged.
 
     Raises:
         InputError: for a config that does not fit, an existing run without ``resume``, or the reverse.
+        RunError: if another process of the group dies.
         KeyboardInterrupt: after Ctrl-C, with the state saved.
     """
-    with workdir.lock(), _interruptible() as interrupted:
-        run, state = _open_run(config, workdir, resume=resume)
-        print(configs.to_yaml(run.config), file=sys.stderr)
-        print(announcement(run), file=sys.stderr, flush=True)
-        if run.plan.warmup is not None and not state.warmup:
-            state = _warm_up(run)
+    lock = workdir.lock() if distributed.is_main() else nullcontext()
+    with lock, _interruptible() as interrupted:
+        run, books, state = open_run(config, workdir, resume=resume)
+        if books:
+            print(configs.to_yaml(run.config), file=sys.stderr)
+            print(announcement(run), file=sys.stderr, flush=True)
+        monitor = Monitor(run.config, workdir, run.denoiser)  # first, as it looks for files that the config names
+        if books and run.plan.warmup is not None and not state.warmup:
+            state = _warm_up(run, books)
+        share_state(state)
         optimizer = _optimizer(run, state)
-        if state.step == 0:
-            _save(run, state)
+        if books and state.step == 0:
+            books.save(state)
         parameters = dict(run.denoiser.network.named_parameters())
         saved_at, saved_step = time.monotonic(), state.step
         with Progress("DP-SGD", run.plan.num_iterations, start=state.step, unit="steps") as progress:
-            while state.step < run.plan.num_iterations and not interrupted.is_set():
-                name, key = run.identity("DP-SGD", state.step, state.digest())
-                if run.ledger.spent("DP-SGD") >= run.plan.num_iterations and not run.ledger.was_charged(name):
-                    print("The budget is spent on steps that were lost: training ends here.", file=sys.stderr)
-                    break
-                run.ledger.reserve(run.plan.step(), name)
-                step = private_step(run, parameters, key)
+            while keys := _next_step(run, books, state, interrupted):
+                step = private_step(run, parameters, keys)
                 for parameter, gradient in zip(parameters.values(), step.gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.param_groups[0]["lr"] = learning_rate(run.config.optim, state.step, run.plan.num_iterations)
@@ -114,25 +76,61 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
                 update_ema(state.ema, parameters, ema_decay(run.config.model.ema_rate, state.step))
                 state.step += 1
                 _record(state, step)
-                due = state.step - saved_step >= run.config.train.checkpoint_every
-                if due or time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
-                    _save(run, state)
+                due = _checkpoint_is_due(run.config.train, state.step, saved_step, time.monotonic() - saved_at)
+                if books and (due or monitor.is_due(state.step)):
+                    books.save(state)
                     saved_at, saved_step = time.monotonic(), state.step
+                monitor.look(state)
                 progress.advance()
-        if state.step > saved_step:
-            _save(run, state)
+        if books and state.step > saved_step:
+            books.save(state)
         if interrupted.is_set():
             raise KeyboardInterrupt
         return run.config, state
 
 
-def private_step(run: Run, parameters: Mapping[str, Tensor], key: bytes) -> PrivateGradient:
-    """Returns the private gradient of one step whose randomness comes from ``key``."""
-    batch_key, draws_key, noise_key = (noise.derive_key(key, use) for use in ("batch", "diffusion", "noise"))
-    batch = poisson_sample(batch_key, run.plan.dataset_size, run.plan.sampling_rate)
+@dataclass(frozen=True)
+class StepKeys:
+    """Keys of one step's randomness, one for each use; ``noise`` is None on all ranks but 0."""
+
+    batch: bytes
+    diffusion: bytes
+    noise: bytes | None
+
+
+def step_keys(key: bytes) -> StepKeys:
+    return StepKeys(*(noise.derive_key(key, use) for use in ("batch", "diffusion", "noise")))
+
+
+def _next_step(run: Run, books: Books | None, state: TrainState, interrupted: threading.Event) -> StepKeys | None:
+    """Buys the next step and returns its keys; None if training ends here. The noise's key stays on rank 0."""
+    digest = state.digest()
+    own: StepKeys | None = None
+
+    def buy() -> tuple[StepKeys | None, str]:
+        nonlocal own
+        assert books is not None  # rank 0
+        if state.step < run.plan.num_iterations and not interrupted.is_set():
+            key = books.buy_step(state.step, digest)
+            if key is None:
+                print("The budget is spent on steps that were lost: training ends here.", file=sys.stderr)
+            own = step_keys(key) if key else None
+        return own and replace(own, noise=None), digest
+
+    keys, expected = distributed.on_main(buy)
+    if digest != expected:
+        raise RunError(
+            "Expected the same weights on all processes, got others: use machines of one kind, and --resume."
+        )
+    return own if books else keys
+
+
+def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> PrivateGradient:
+    """Returns the private gradient of one step whose randomness comes from ``keys``."""
+    batch = poisson_sample(keys.batch, run.plan.dataset_size, run.plan.sampling_rate)
 
     def loss(records: np.ndarray) -> Tensor:
-        return example_losses(run.denoiser, run.archive, records, run.config.loss, key=draws_key)
+        return example_losses(run.denoiser, run.archive, records, run.config.loss, key=keys.diffusion)
 
     return private_gradient(
         parameters,
@@ -142,7 +140,7 @@ def private_step(run: Run, parameters: Mapping[str, Tensor], key: bytes) -> Priv
         noise_multiplier=run.plan.noise_multiplier,
         expected_batch_size=run.plan.expected_batch_size,
         physical_batch_size=run.physical_batch_size,
-        noise_key=noise_key,
+        noise_key=keys.noise,
     )
 
 
@@ -169,16 +167,6 @@ def example_losses(
         drop_label=(u[1] < config.label_dropout).to(device),
         kind=config.type,
     )
-
-
-def physical_batch_size(config: Config) -> int:
-    """Returns how many examples go through the network at a time, from the config and public facts alone."""
-    chosen = config.train.physical_batch_size
-    if chosen is None:
-        side, draws = config.data.resolution or 1, config.loss.noise_multiplicity
-        num_parameters = sum(p.numel() for p in configs.build_denoiser(config).parameters())
-        chosen = min(PIXELS_PER_PASS // (draws * side * side), GRADIENT_BYTES_PER_PASS // (4 * num_parameters))
-    return max(1, min(chosen, -(-config.train.expected_batch_size // config.train.n_splits)))
 
 
 def learning_rate(config: OptimConfig, step: int, num_iterations: int) -> float:
@@ -208,114 +196,11 @@ def announcement(run: Run) -> str:
     return "\n".join(lines)
 
 
-def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
-    """Returns the training images; a source that is not a prepared archive is prepared into ``private/`` first."""
-    if config.data.path is None:
-        raise InputError("Expected data.path, got null: give an archive, a folder of images or idx files.")
-    path = Path(config.data.path)
-    if workdir.train_archive.exists():
-        if workdir.ledger.exists() or path == workdir.train_archive:
-            return ImageArchive(workdir.train_archive)
-        workdir.train_archive.unlink()  # from a run that died before it began; it may be of other images
-    if path.suffix == ".zip" and path.is_file() and _is_archive(path):
-        return ImageArchive(path)
-    return prepare(config.data.path, workdir.train_archive)
-
-
-def _is_archive(path: Path) -> bool:
-    from dpdm.data.archive import open_zip
-
-    with open_zip(path) as file:
-        return "dataset.json" in file.namelist()
-
-
-def _open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, TrainState]:
-    """Returns a new run, or an old one at its last checkpoint."""
-    exists = workdir.ledger.exists()
-    if exists and not resume:
-        raise InputError(f"Expected no run in {workdir.root}, got one: add --resume, or choose another --workdir.")
-    if resume and not exists:
-        raise InputError(
-            f"Expected a run to go on with in {workdir.root}, found no {workdir.ledger.relative_to(workdir.root)}: "
-            "check --workdir, or leave out --resume to begin."
-        )
-    if not exists and workdir.checkpoint.exists():
-        raise InputError(
-            f"Expected a ledger beside {workdir.checkpoint}, found none: what was spent is unknown; choose another "
-            "--workdir."
-        )
-    if config.model.network.dropout:
-        raise InputError(
-            f"Expected model.network.dropout=0 for training, got {config.model.network.dropout}: its randomness does "
-            "not come from the keyed stream."
-        )
-    check_keys(config)
-    if workdir.release.exists():
-        raise InputError(
-            f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
-        )
-    device = pick_device(config.setup.device)
-    use_full_precision()
-    torch.set_num_threads(config.setup.num_threads or torch.get_num_threads())
-    given = Path(config.data.path or "") == workdir.train_archive
-    try:
-        archive = open_archive(config, workdir)
-        config = configs.resolve(config, archive)
-        denoiser = configs.build_denoiser(config).to(device).train()
-        plan = make_plan(config, archive.num_images)
-    except InputError:
-        if not (exists or given):  # nothing was bought: leave the folder as it was found
-            workdir.train_archive.unlink(missing_ok=True)
-        raise
-    fingerprint = archive.fingerprint()
-    header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": configs.run_hash(config)}
-    if exists:
-        ledger = Ledger(workdir.ledger, repair=True)
-        _check_header(ledger.header, header, workdir)
-        key = _read_key(workdir)
-    else:
-        configs.save(config, workdir.config)
-        key = noise.new_key() if config.dp.seed is None else noise.test_key(config.dp.seed)
-        _write_key(workdir, key)
-        ledger = Ledger.create(workdir.ledger, header)
-    run = Run(
-        config,
-        workdir,
-        archive,
-        plan,
-        denoiser,
-        ledger,
-        key,
-        fingerprint,
-        device,
-        execution=execution(device),
-        physical_batch_size=physical_batch_size(config),
-    )
-    if not workdir.checkpoint.exists():
-        return run, _fresh_state(denoiser)
-    state, facts = checkpoint.load(workdir.checkpoint)
-    checkpoint.check_accounted(state, facts, ledger)
-    for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq, state.warmup):
-        for name in group:
-            group[name] = group[name].to(device)
-    denoiser.network.load_state_dict(state.parameters)
-    state.parameters = _parameters(denoiser)
-    return run, state
-
-
-def _warm_up(run: Run) -> TrainState:
+def _warm_up(run: Run, books: Books) -> TrainState:
     """Buys central images and trains on them; returns the state in which DP-SGD begins."""
     config = run.config.train.warmup
-    assert run.plan.warmup is not None  # the caller has looked
-    name, key = run.identity("central images")
-    if run.ledger.spent("central images") and not run.ledger.was_charged(name):
-        raise InputError(
-            "Expected the key with which the central images were bought, got another: they would have to be bought "
-            "again; start a new run."
-        )
-    run.ledger.reserve(run.plan.warmup, name)
-    num_classes = run.denoiser.network.num_classes
-    means, labels = central_images(run.archive, config, num_classes=num_classes, key=key)
+    key = books.buy_central_images()
+    means, labels = central_images(run.archive, config, num_classes=run.denoiser.network.num_classes, key=key)
     ema = train_on_central_images(
         run.denoiser,
         means,
@@ -325,24 +210,9 @@ def _warm_up(run: Run) -> TrainState:
         seed=run.config.train.seed,
     )
     run.denoiser.network.load_state_dict(ema)
-    state = _fresh_state(run.denoiser)
+    state = fresh_state(run.denoiser)
     state.warmup = {name: tensor.clone() for name, tensor in ema.items()}
     return state
-
-
-def _fresh_state(denoiser: Denoiser) -> TrainState:
-    parameters = _parameters(denoiser)
-    return TrainState(
-        parameters,
-        ema={name: p.clone() for name, p in parameters.items()},
-        exp_avg={name: torch.zeros_like(p) for name, p in parameters.items()},
-        exp_avg_sq={name: torch.zeros_like(p) for name, p in parameters.items()},
-    )
-
-
-def _parameters(denoiser: Denoiser) -> dict[str, Tensor]:
-    """Returns the network's parameters, sharing memory, so that updates of one are seen in the other."""
-    return {name: p.detach() for name, p in denoiser.network.named_parameters()}
 
 
 def _optimizer(run: Run, state: TrainState) -> torch.optim.Adam:
@@ -365,43 +235,15 @@ def _record(state: TrainState, step: PrivateGradient) -> None:
         state.curves.setdefault(name, []).append(float(value))
 
 
-def _save(run: Run, state: TrainState) -> None:
-    facts = {"environment": environment(run.device), "ledger": run.ledger.last_line}
-    checkpoint.save(run.workdir.checkpoint, state, facts)
-
-
-def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) -> None:
-    for part, what in (("data", "images"), ("config", "config"), ("plan", "privacy plan")):
-        if old.get(part) != new[part]:
-            raise InputError(
-                f"Expected the {what} with which the run in {workdir.root} began, got others: resume with "
-                f"--config {workdir.config} and the same data, or choose another --workdir."
-            )
-
-
-def _write_key(workdir: Workdir, key: bytes) -> None:
-    write_text(workdir.key, key.hex() + "\n", mode=0o600)
-
-
-def _read_key(workdir: Workdir) -> bytes:
-    try:
-        key = bytes.fromhex(workdir.key.read_text().strip())
-        if len(key) != noise.KEY_BYTES:
-            raise ValueError("its length differs")
-        return key
-    except FileNotFoundError:
-        raise InputError(
-            f"Expected the run's key at {workdir.key}, found none: it is deleted at release, after which a run is over."
-        ) from None
-    except ValueError:
-        raise InputError(
-            f"Expected 64 hex digits in {workdir.key}, got something else: the run cannot go on; start a new one."
-        ) from None
+def _checkpoint_is_due(config: TrainConfig, step: int, saved_step: int, seconds: float) -> bool:
+    """Whether to save after ``step`` steps: by the config's count, or because so much time has passed."""
+    by_count = step >= config.checkpoint_threshold and step - saved_step >= config.checkpoint_every
+    return by_count or seconds > SECONDS_BETWEEN_CHECKPOINTS
 
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C (or a polite kill) sets; the second one stops at once."""
+    """Yields an event that the first Ctrl-C (or a polite kill) sets; a second Ctrl-C stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -409,9 +251,12 @@ def _interruptible() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if event.is_set():
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:  # torchrun sends SIGTERM after a Ctrl-C that the process saw, too
+                raise KeyboardInterrupt
+            return
         event.set()
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+        if distributed.is_main():
+            print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -54,6 +54,14 @@ class Workdir:
         return self.private / "evaluation.json"
 
     @property
+    def snapshots(self) -> Path:
+        return self.private / "snapshots"
+
+    @property
+    def fid(self) -> Path:
+        return self.private / "fid.csv"
+
+    @property
     def release(self) -> Path:
         return self.root / "release"
 

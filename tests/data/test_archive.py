@@ -2,6 +2,7 @@ import errno
 import hashlib
 import io
 import json
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dpdm.data import archive as archive_module
-from dpdm.data.archive import ArchiveWriter, ImageArchive
+from dpdm.data import zips
+from dpdm.data.archive import ArchiveWriter, ImageArchive, is_archive
 from dpdm.errors import InputError, RunError
 
 
@@ -152,7 +154,7 @@ def test_a_full_disk_leaves_the_older_archive(tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    monkeypatch.setattr(archive_module, "local_header", full)
     with pytest.raises(RunError, match="No space left"):
         write(path, random_images(3))
     assert [file.name for file in tmp_path.iterdir()] == ["a.zip"]
@@ -232,7 +234,7 @@ def test_huge_images_and_members_are_refused(tmp_path: Path, monkeypatch: pytest
     rewrite(path, {"00000/img00000001.png": png("1", (10000, 10000))})  # above our limit, below Pillow's error
     with pytest.raises(InputError, match="img00000001"), pytest.warns(Image.DecompressionBombWarning):
         ImageArchive(path).read([1])
-    monkeypatch.setattr(archive_module, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(zips, "MAX_MEMBER_BYTES", 10)
     with pytest.raises(InputError, match="expected at most 10"):
         ImageArchive(path)
 
@@ -268,6 +270,39 @@ def test_odd_labels_are_refused(tmp_path: Path, table: bytes | None, message: st
     with pytest.raises(InputError, match=message) as caught:
         ImageArchive(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_archive_is_told_from_another_zip(tmp_path: Path) -> None:
+    assert is_archive(write(tmp_path / "a.zip", random_images(2)))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as file:
+        file.writestr("a/dataset.json", b"{}")
+    assert not is_archive(tmp_path / "b.zip")
+
+
+def test_memory_for_an_image_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a million images need follows from this; the images themselves are at no time in memory together."""
+    count = 20_000
+    monkeypatch.setattr(archive_module, "MAX_BYTES_IN_MEMORY", 0)
+    png_bytes = archive_module.encode_png(Image.new("L", (8, 8)))
+    tracemalloc.start()
+    try:
+        with (tmp_path / "a.zip").open("wb") as file:
+            body = archive_module.ArchiveBody(file, ["a", "b"])
+            for index in range(count):
+                body.add(png_bytes, index % 2)
+            writing = tracemalloc.get_traced_memory()[0] / count
+            body.finish()
+        writing_peak = tracemalloc.get_traced_memory()[1] / count
+        tracemalloc.reset_peak()
+        archive = ImageArchive(tmp_path / "a.zip")
+        reading, reading_peak = (size / count for size in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert archive.num_images == count
+    assert writing < 25
+    assert writing_peak < 250
+    assert reading < 160
+    assert reading_peak < 600
 
 
 def test_odd_files_are_refused(tmp_path: Path) -> None:

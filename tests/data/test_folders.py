@@ -145,6 +145,7 @@ def test_labels_beside_the_images_are_used(make: Make) -> None:
         tree.folders,
         tree.others,
         lambda n: table if n == "dataset.json" else read(n),
+        tree.stamp,
     )
     split = tree_splits(tree)["train"]
     assert [(split.names[i], split.label(i)) for i in range(2)] == [("00000/a.png", 1), ("00000/b.png", 0)]

@@ -3,6 +3,8 @@ import io
 import itertools
 import struct
 import tempfile
+import time
+import tracemalloc
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from PIL import Image
 from dpdm.data import prepare as prepare_module
 from dpdm.data.archive import ImageArchive
 from dpdm.data.prepare import is_held_out, prepare, prepare_with_holdout
+from dpdm.data.resume import Unfinished
+from dpdm.data.sources import open_source
 from dpdm.errors import InputError
 
 KEY = bytes(range(32))
@@ -264,3 +268,81 @@ def test_a_colour_record_does_not_move_grey_ones(tmp_path: Path) -> None:
     for old, new in zip(before, after, strict=True):
         as_rgb = {np.repeat(image, 3, axis=0).tobytes() for image in old.read(np.arange(old.num_images))}
         assert as_rgb <= {pixels for pixels, _ in contents(new)}
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_the_tree_of_imagenet(tmp_path: Path) -> None:
+    """Folders named by synset, suffixes in capitals, CMYK files, and a PNG that is called .JPEG."""
+    colour = Image.new("RGB", (50, 37), (200, 60, 30))
+    ink = Image.frombytes("CMYK", (37, 50), np.full((50, 37, 4), [40, 90, 200, 60], np.uint8).tobytes())
+    files = {
+        "n01440764/n01440764_10026.JPEG": encoded(colour, "JPEG"),
+        "n01440764/n01440764_10027.JPEG": encoded(colour, "PNG"),
+        "n01443537/n01443537_2.JPEG": encoded(ink, "JPEG"),
+        "n01484850/n01484850_7.JPEG": encoded(Image.new("L", (40, 40), 77), "JPEG"),
+    }
+    source = write_folder(tmp_path / "train", files)
+    (tmp_path / "train/n15075141").mkdir()
+    archive = prepare(source, tmp_path / "out.zip", resolution=32, transform="center-crop")
+    assert archive.class_names == ["n01440764", "n01443537", "n01484850", "n15075141"]
+    assert archive.labels is not None
+    assert archive.labels.tolist() == [0, 0, 1, 2]
+    expected = [(200, 60, 30), (200, 60, 30), tuple((255 - c) * (255 - 60) / 255 for c in (40, 90, 200)), (77,) * 3]
+    found = archive.read(np.arange(4)).astype(float)
+    np.testing.assert_allclose(found, np.array(expected)[:, :, None, None] * np.ones((32, 32)), atol=4)
+
+
+def test_center_crop_wide_gives_squares_with_bars(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "in", {f"{i}.png": np.full((30, 40 + i, 3), 90, np.uint8) for i in range(3)})
+    archive = prepare(source, tmp_path / "out.zip", resolution=(16, 12), transform="center-crop-wide")
+    expected = np.zeros((16, 16), np.uint8)
+    expected[2:14] = 90
+    np.testing.assert_array_equal(archive.read(np.arange(3)), np.broadcast_to(expected, (3, 3, 16, 16)))
+    with pytest.raises(InputError, match="to be square"):
+        prepare(source, tmp_path / "2.zip", resolution=(16, 12))
+    with pytest.raises(InputError, match="to be square"):
+        prepare_with_holdout(source, tmp_path / "2.zip", tmp_path / "3.zip", holdout_key=KEY, resolution=(16, 12))
+    assert not (tmp_path / "2.zip").exists()
+
+
+def test_images_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folder(tmp_path / "in", {f"{i:03d}.png": image for i, image in enumerate(random_images(400))})
+    loaded, ahead = itertools.count(1), []
+    load, add = prepare_module._Recipe.load, Unfinished.add
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(prepare_module._Recipe, "load", lambda self, n, i: (next(loaded), load(self, n, i))[1])
+
+    def slow_add(self: Unfinished, side: int, png: bytes, label: int | None) -> None:
+        if self.num_done % 50 == 49:
+            time.sleep(0.02)  # time for the threads to run ahead
+        ahead.append(next(loaded) - self.num_done - len(ahead))
+        add(self, side, png, label)
+
+    monkeypatch.setattr(Unfinished, "add", slow_add)
+    prepare(source, tmp_path / "out.zip")
+    assert len(ahead) == 400
+    assert max(ahead) <= 5 * prepare_module.RECORDS_PER_TASK
+
+
+def test_listing_a_million_files_takes_little(tmp_path: Path) -> None:
+    """Bytes for each name, from which the memory for a million follows."""
+    count = 3000
+    for index in range(count):
+        folder = tmp_path / f"in/n{index % 10:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"n{index % 10:08d}_{index}.JPEG").touch()
+    open_source(str(tmp_path / "in"))  # so that what Python keeps for later is not counted
+    tracemalloc.start()
+    try:
+        splits = open_source(str(tmp_path / "in"))
+        kept, peak = (size / count for size in tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+    assert splits["train"].num_images == count
+    assert kept < 150
+    assert peak < 400

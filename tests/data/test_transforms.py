@@ -1,13 +1,28 @@
 import functools
 import io
 import math
+import struct
+import zlib
+from typing import get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dpdm.data.transforms import decode, fit, is_grey, open_image, parse_resolution, to_array
+from dpdm.cli import TRANSFORMS
+from dpdm.data.archive import encode_png
+from dpdm.data.transforms import (
+    Resolution,
+    Transform,
+    check_resolution,
+    decode,
+    fit,
+    is_grey,
+    open_image,
+    parse_resolution,
+    to_array,
+)
 from dpdm.errors import InputError
 
 
@@ -57,11 +72,14 @@ def test_grey_images_hold_the_same_values_in_both_renditions(mode: str) -> None:
     np.testing.assert_array_equal(np.repeat(to_array(grey), 3, axis=0), to_array(rgb))
 
 
-def test_arrays_are_grey_images() -> None:
+def test_arrays_are_images() -> None:
     values = random_pixels(4, 4)
     assert is_grey("x", values)
     np.testing.assert_array_equal(pixels(values, 1)[0], values)
     np.testing.assert_array_equal(pixels(values, 3), np.stack([values] * 3))
+    colour = random_pixels(4, 5, 3)
+    assert not is_grey("x", colour)
+    np.testing.assert_array_equal(pixels(colour, 3), colour.transpose(2, 0, 1))
 
 
 def test_rgb_keeps_its_pixels() -> None:
@@ -147,6 +165,9 @@ def damaged() -> dict[str, bytes]:
         "apng": encode(frames[0], "PNG", save_all=True, append_images=frames[1:]),
         "pages": encode(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
         "float": encode(Image.new("F", (4, 4)), "TIFF"),
+        "jpeg 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40),
+        "cmyk jpeg cut": encode(photo.convert("CMYK"), "JPEG")[:1500],
+        "webp animation": encode(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
         "32 bit": encode(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"),
         "bomb": encode(Image.new("1", (20000, 20000))),
         "no width": b"P5 0 4 255\n",
@@ -204,6 +225,122 @@ def test_an_oblong_image_is_left_to_the_caller() -> None:
 
 def test_parse_resolution() -> None:
     assert [parse_resolution(text) for text in ("32x32", "64", " 28X28 ")] == [32, 64, 28]
-    for text in ("32x64", "", "0", "0x0", "-4", "32x", "a", "99999", "3.5", "٣"):
+    assert parse_resolution("64x48") == (64, 48)
+    for text in ("", "0", "0x0", "32x0", "-4", "32x", "a", "99999", "32x4097", "3.5", "٣"):
         with pytest.raises(InputError, match="resolution"):
             parse_resolution(text)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "transform", "message"),
+    [
+        ((64, 48), None, "64x48 to be square.*center-crop-wide"),
+        ((64, 48), "center-crop", "64x48 to be square"),
+        ((48, 64), "center-crop-wide", "--resolution 64x48"),
+        (None, "center-crop-wide", "got none"),
+    ],
+)
+def test_results_are_square(resolution: Resolution | None, transform: Transform | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_resolution(resolution, transform)
+    check_resolution(32, "center-crop-wide")
+    check_resolution((64, 48), "center-crop-wide")
+    check_resolution(32, None)
+    check_resolution(None, "center-crop")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [  # 16:9 of each image, by hand
+        (32, 18, (0, 0, 32, 18)),
+        (40, 18, (4, 0, 36, 18)),
+        (32, 40, (0, 11, 32, 29)),
+        (41, 18, (4, 0, 36, 18)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_center_crop_wide_puts_the_central_part_between_bars(
+    width: int, height: int, box: tuple[int, int, int, int], mode: str
+) -> None:
+    image = Image.fromarray(random_pixels(height, width, 3)).convert(mode)
+    found = np.asarray(fit(image, (32, 18), "center-crop-wide"))
+    assert found.shape[:2] == (32, 32)
+    np.testing.assert_array_equal(found[7:25], np.asarray(image)[box[1] : box[3], box[0] : box[2]])
+    assert not found[:7].any()
+    assert not found[25:].any()
+
+
+def test_center_crop_wide_scales_and_leaves_the_odd_row_below() -> None:
+    found = np.asarray(fit(Image.new("L", (90, 50), 200), (16, 9), "center-crop-wide"))
+    assert found.shape == (16, 16)
+    assert (found[3:12] == 200).all()
+    assert found.sum() == 200 * 9 * 16
+    square = fit(Image.fromarray(random_pixels(20, 30)), 10, "center-crop-wide")
+    expected = fit(Image.fromarray(random_pixels(20, 30)), 10, "center-crop")
+    np.testing.assert_array_equal(np.asarray(square), np.asarray(expected))
+
+
+def test_the_command_line_names_the_same_transforms() -> None:
+    assert get_args(Transform) == TRANSFORMS
+
+
+def png_file(head: bytes, raw: bytes) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+def interlaced_png(values: NDArray[np.uint8]) -> bytes:
+    """Writes grey 8 x 8 pixels in the seven passes of Adam7 (PNG specification, 8.2), which Pillow cannot write."""
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    rows = [row for top, left, down, right in passes for row in values[top::down, left::right] if len(row)]
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    return png_file(struct.pack(">IIBBBBB", 8, 8, 8, 0, 0, 0, 1), raw)
+
+
+def test_rarer_files_of_the_right_kind() -> None:
+    grey = random_pixels(8, 8)
+    np.testing.assert_array_equal(pixels(interlaced_png(grey), 1)[0], grey)
+    bilevel = Image.fromarray((grey > 127).astype(np.uint8) * 255)
+    np.testing.assert_array_equal(pixels(encode(bilevel.convert("1")), 1)[0], np.where(grey > 127, 255, 0))
+    np.testing.assert_array_equal(pixels(encode(bilevel.convert("1"), "TIFF"), 1)[0], np.where(grey > 127, 255, 0))
+    photo = Image.fromarray(np.full((16, 16, 3), [200, 60, 30], np.uint8))
+    for options in ({"progressive": True}, {"quality": 100, "subsampling": 0}):
+        np.testing.assert_allclose(pixels(encode(photo, "JPEG", **options))[:, 8, 8], [200, 60, 30], atol=2)
+    np.testing.assert_allclose(pixels(encode(photo.convert("YCbCr"), "TIFF"))[:, 8, 8], [200, 60, 30], atol=2)
+    still = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8))
+    still.putpalette([9, 8, 7, 50, 60, 70])
+    np.testing.assert_array_equal(pixels(encode(still, "GIF"))[:, 0, 1], [50, 60, 70])
+    alpha = Image.fromarray(random_pixels(6, 6, 4))
+    found = pixels(encode(alpha, "WEBP", lossless=True, exact=True))
+    np.testing.assert_allclose(
+        found.transpose(1, 2, 0), np.asarray(alpha)[..., :3] * (np.asarray(alpha)[..., 3:] / 255), atol=1
+    )
+
+
+def test_16_bits_of_colour_lose_the_lower_ones() -> None:
+    values = np.array([[[0, 255, 256], [65535, 32768, 4660]]], np.uint16)
+    raw = b"\0" + values.astype(">u2").tobytes()
+    png = png_file(struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0), raw)
+    np.testing.assert_array_equal(pixels(png).transpose(1, 2, 0), values >> 8)
+
+
+def test_nothing_but_pixels_is_kept() -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    photo = Image.fromarray(random_pixels(8, 8, 3))
+    content = encode(photo, "JPEG", exif=exif, icc_profile=b"profile", dpi=(300, 300), comment=b"secret")
+    assert {"exif", "icc_profile", "dpi", "comment"} <= set(Image.open(io.BytesIO(content)).info)
+    for channels in (1, 3):
+        png = encode_png(decode("x", content, channels))
+        assert kinds(png) == [b"IHDR", b"IDAT", b"IEND"]
+
+
+def kinds(png: bytes) -> list[bytes]:
+    """Returns the types of a PNG's chunks."""
+    position, found = 8, []
+    while position < len(png):
+        found.append(png[position + 4 : position + 8])
+        position += 12 + int.from_bytes(png[position : position + 4], "big")
+    return found

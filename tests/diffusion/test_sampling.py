@@ -154,6 +154,47 @@ def test_karras_sigmas() -> None:
     assert sigmas[13].item() == pytest.approx(root**7, rel=1e-6)
     assert karras_sigmas(5, 1.0, 3.0, 1.0).tolist() == pytest.approx([3.0, 2.5, 2.0, 1.5, 1.0])
     assert karras_sigmas(1, 1.0, 3.0, 7.0).tolist() == pytest.approx([3.0])
+    assert karras_sigmas(4, 0.08, 80.0, math.inf).tolist() == pytest.approx([80.0, 8.0, 0.8, 0.08], rel=1e-6)
+    assert karras_sigmas(9, 0.02, 80.0, math.inf).tolist() == pytest.approx(
+        karras_sigmas(9, 0.02, 80.0, 1000.0).tolist(), rel=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (0.002, 7.0)),
+        ({"type": "edm"}, (0.002, 7.0)),
+        ({"type": "dpm_solver_pp"}, (0.02, math.inf)),
+        ({"type": "dpm_solver_pp", "sigma_min": 0.1, "rho": 3.0}, (0.1, 3.0)),
+        ({"sigma_min": 0.1}, (0.1, 7.0)),
+    ],
+)
+def test_each_solver_has_its_own_schedule(settings: dict[str, Any], expected: tuple[float, float]) -> None:
+    sigma_min, rho = expected
+    assert torch.equal(SamplerConfig(num_steps=5, **settings).sigmas(), karras_sigmas(5, sigma_min, 80.0, rho))
+
+
+@pytest.mark.parametrize("blur", [0.1, 0.5])
+def test_dpm_solver_pp_does_with_15_evaluations_what_ddim_does_with_50(blur: float) -> None:
+    # Images of 40 random colours with noise of standard deviation ``blur``: many modes, and D in closed form.
+    centres = normal(40, 3, seed=6)
+
+    def mixture(x: Tensor, sigma: float, labels: Tensor | None = None) -> Tensor:
+        variance = blur**2 + sigma**2
+        distances = (x.mean((2, 3))[:, None] - centres).square().sum(2) * x[0, 0].numel()
+        means = (torch.softmax(-distances / (2 * variance), 1) @ centres)[:, :, None, None]
+        return means + blur**2 / variance * (x - means)
+
+    def solve(solver: Solver, kind: Any, num_steps: int) -> Tensor:
+        return solver(cast(Denoiser, mixture), 80.0 * start, SamplerConfig(type=kind, num_steps=num_steps).sigmas())
+
+    start = normal(64, 3, 2, 2, seed=7)
+    exact = solve(edm, "edm", 1000)
+    few = (solve(dpm_solver_pp, "dpm_solver_pp", 15) - exact).square().mean((1, 2, 3))
+    many = (solve(ddim, "ddim", 50) - exact).square().mean((1, 2, 3))
+    assert few.mean() < many.mean()
+    assert few.median() < many.median()
 
 
 def draw(denoiser: Denoiser, config: SamplerConfig, indices: list[int]) -> tuple[Tensor, Tensor | None]:

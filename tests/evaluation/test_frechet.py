@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dpdm.errors import InputError
-from dpdm.evaluation.frechet import feature_statistics, frechet_distance
+from dpdm.evaluation.frechet import Moments, feature_statistics, frechet_distance
 
 
 def random_covariance(rng: np.random.Generator, dimension: int, rank: int) -> np.ndarray:
@@ -88,6 +88,19 @@ def test_statistics_equal_numpys() -> None:
     mu, sigma = feature_statistics(features)
     np.testing.assert_allclose(mu, features.astype(np.float64).mean(axis=0))
     np.testing.assert_allclose(sigma, np.cov(features.astype(np.float64), rowvar=False))
+
+
+@given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 40), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_moments_of_parts_merge_into_those_of_the_whole(seed: int, cuts: list[int]) -> None:
+    # A mean of 1e6 beside a spread of 1: sums of squares would lose all but four digits of the covariance.
+    features = np.random.default_rng(seed).normal(1e6, 1.0, size=(40, 3))
+    merged = Moments.of(features[:0])
+    for part in np.split(features, sorted(cuts)):
+        merged = merged.merged(Moments.of(part))
+    mu, sigma = merged.gaussian()
+    np.testing.assert_allclose(mu, features.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(sigma, np.cov(features - 1e6, rowvar=False), rtol=1e-8, atol=1e-9)
 
 
 def test_refuses_what_is_no_gaussian() -> None:

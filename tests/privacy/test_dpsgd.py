@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dpdm.errors import InputError
-from dpdm.privacy.dpsgd import DPConfig, clip_and_sum, per_example_gradients, private_gradient
+from dpdm.privacy.dpsgd import DPConfig, PrivateGradient, clip_and_sum, per_example_gradients, private_gradient
 from dpdm.privacy.noise import derive_key
 
 KEY = bytes(32)
+Together = Callable[[int, Callable[[int], PrivateGradient]], list[PrivateGradient]]
 
 
 def problem(poison: float | None = None) -> tuple[dict[str, Tensor], Callable[[np.ndarray], Tensor]]:
@@ -210,3 +211,76 @@ def test_a_loss_per_draw_is_refused() -> None:
 def test_config_names_the_wrong_key(values: dict[str, float]) -> None:
     with pytest.raises(InputError, match=f"dp.{next(iter(values))}"):
         DPConfig(**values)  # type: ignore[arg-type]
+
+
+# Several processes.
+
+
+def steps(
+    together: Together, size: int, batch: list[int], sigma: float = 1e-12, key: bytes = KEY
+) -> list[PrivateGradient]:
+    """Returns what each of ``size`` processes computes; only rank 0 has the noise's key."""
+    problems = [problem() for _ in range(size)]  # torch's graph of shared parameters is not for two threads
+
+    def step(rank: int) -> PrivateGradient:
+        parameters, loss = problems[rank]
+        return private_gradient(
+            parameters,
+            loss,
+            np.array(batch, dtype=np.int64),
+            clipping_norm=0.5,
+            noise_multiplier=sigma,
+            expected_batch_size=6,
+            physical_batch_size=2,
+            noise_key=key if rank == 0 else None,
+        )
+
+    return together(size, step)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch", [[0, 2, 3, 5, 7, 8, 11], [4], []])
+def test_the_clipped_sum_is_that_of_one_process(together: Together, size: int, batch: list[int]) -> None:
+    """Also where some, or all, have no record: an empty part is a part."""
+    results = steps(together, size, batch)
+    expected = loop_sum(batch, 0.5) / 6
+    for result in results:
+        assert torch.equal(flat(result.gradients), flat(results[0].gradients))
+        assert float((flat(result.gradients) - expected).norm()) < 1e-6 * max(1.0, float(expected.norm()))
+        assert result.batch_size == len(batch)
+        assert result.clip_fraction == results[0].clip_fraction or not batch
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("batch", [[], [4]])
+def test_noise_is_that_of_one_process(together: Together, size: int, batch: list[int]) -> None:
+    """The same stream: any second draw, or a missing one, would show. Of [4] rank 0 has no part."""
+    alone = flat(steps(together, 1, batch, sigma=3.0)[0].gradients)
+    assert float(alone.norm()) > 1
+    for result in steps(together, size, batch, sigma=3.0):
+        assert float((flat(result.gradients) - alone).norm()) < 1e-6 * float(alone.norm())
+
+
+def test_the_variance_of_the_noise_does_not_grow_with_the_processes(together: Together) -> None:
+    batch = [1, 3, 6, 9]
+    clean = flat(steps(together, 3, batch)[0].gradients)
+    noise = torch.cat(
+        [flat(steps(together, 3, batch, sigma=2.0, key=bytes([k] * 32))[1].gradients) - clean for k in range(1, 41)]
+    )
+    # Standard deviation 2 * C / expected batch size, and its standard error.
+    assert float(noise.std()) == pytest.approx(2.0 * 0.5 / 6, rel=4 / (2 * len(noise)) ** 0.5)
+
+
+def test_rank_zero_without_a_key_does_not_go_on_without_noise() -> None:
+    parameters, loss = problem()
+    with pytest.raises(ValueError, match="noise_key"):
+        private_gradient(
+            parameters,
+            loss,
+            np.array([1]),
+            clipping_norm=1.0,
+            noise_multiplier=1.0,
+            expected_batch_size=1,
+            physical_batch_size=1,
+            noise_key=None,
+        )

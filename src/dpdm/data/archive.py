@@ -9,14 +9,14 @@ import contextlib
 import hashlib
 import io
 import json
-import lzma
-import zipfile
 import zlib
-from collections import Counter
+from array import array
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import BinaryIO, NoReturn, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,18 +24,101 @@ from PIL import Image
 
 from dpdm.data.records import list_names
 from dpdm.data.transforms import IMAGE_SUFFIXES, load_pixels, open_image, to_array
+from dpdm.data.zips import ZipReader, directory, local_header
 from dpdm.errors import InputError, RunError
 from dpdm.files import atomic_path
 
 LABELS_NAME = "dataset.json"
-MAX_MEMBER_BYTES = 256 * 2**20
 MAX_BYTES_IN_MEMORY = 256 * 2**20
 MAX_CLASSES = 1_000_000  # a label beyond it is a mistake, and would ask for an embedding of its size
 IMAGES_PER_FOLDER = 1000
 IMAGES_PER_PASS = 1024
-# The zip format's first day: without a fixed time two runs would give different bytes.
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+PNG_LEVEL = 2  # of zlib: on 32x32 photos as small as 6, and faster; on large ones a few percent larger
 MODES = {1: "L", 3: "RGB"}
+
+
+def member_name(index: int) -> str:
+    """Returns the name of image ``index`` in an archive."""
+    return f"{index // IMAGES_PER_FOLDER:05d}/img{index:08d}.png"
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Returns an image as a PNG file."""
+    png = io.BytesIO()
+    image.save(png, format="PNG", compress_level=PNG_LEVEL)
+    return png.getvalue()
+
+
+class ArchiveBody:
+    """The images of a growing archive, 16 bytes of memory for each, in a file that is open for writing.
+
+    The file is a zip only after ``finish``; what is before holds for itself, image by image.
+
+    Args:
+        file: to write to, from its position on.
+        class_names: one name per class, also for classes without images; None if there are no names.
+    """
+
+    def __init__(self, file: BinaryIO, class_names: Sequence[str] | None = None) -> None:
+        self.file = file
+        self._class_names = None if class_names is None else list(class_names)
+        self._labels, self._sizes, self._crcs = array("q"), array("I"), array("I")
+
+    @property
+    def num_images(self) -> int:
+        return len(self._sizes)
+
+    def add(self, png: bytes, label: int | None) -> None:
+        """Appends one image.
+
+        Raises:
+            ValueError: if there are labels for others and none for this one, or the reverse, or there is no such
+                class.
+        """
+        self._note(label, len(png), zlib.crc32(png))
+        self.file.write(local_header(member_name(self.num_images - 1), self._sizes[-1], self._crcs[-1]) + png)
+
+    def take(self, label: int | None) -> bool:
+        """Takes over the image that stands at the file's position; False, and nothing else, if none stands there."""
+        start = self.file.tell()
+        name = member_name(self.num_images)
+        length = len(local_header(name, 0, 0))
+        head = self.file.read(length)
+        size, crc = int.from_bytes(head[18:22], "little"), int.from_bytes(head[14:18], "little")
+        if head == local_header(name, size, crc):
+            png = self.file.read(size)
+            if len(png) == size and zlib.crc32(png) == crc:
+                self._note(label, size, crc)
+                return True
+        self.file.seek(start)
+        return False
+
+    def finish(self) -> None:
+        """Writes labels and directory; nothing may be added any more."""
+        table = self._label_table()
+        self.file.write(local_header(LABELS_NAME, len(table), zlib.crc32(table)) + table)
+        names = chain(map(member_name, range(self.num_images)), [LABELS_NAME])
+        for part in directory(names, chain(self._sizes, [len(table)]), chain(self._crcs, [zlib.crc32(table)])):
+            self.file.write(part)
+
+    def _note(self, label: int | None, size: int, crc: int) -> None:
+        if self._sizes and (label is None) == bool(self._labels):
+            raise ValueError(f"Expected a label for all images or for none, got {label} at {self.num_images}.")
+        num_classes = None if self._class_names is None else len(self._class_names)
+        if label is not None:
+            if label < 0 or (num_classes is not None and label >= num_classes):
+                raise ValueError(f"Expected 0 <= label={label} < {num_classes or 'number of classes'}.")
+            self._labels.append(label)
+        self._sizes.append(size)
+        self._crcs.append(crc)
+
+    def _label_table(self) -> bytes:
+        """Returns ``dataset.json``, put together as text: a list object per image would take ten times as much."""
+        if not self._labels:
+            return b'{"labels": null}'
+        pairs = ", ".join(f'["{member_name(index)}", {label}]' for index, label in enumerate(self._labels))
+        names = "" if self._class_names is None else f', "class_names": {json.dumps(self._class_names)}'
+        return f'{{"labels": [{pairs}]{names}}}'.encode()
 
 
 class ArchiveWriter:
@@ -53,9 +136,7 @@ class ArchiveWriter:
 
     def __init__(self, path: Path, class_names: Sequence[str] | None = None) -> None:
         self.path = path
-        self.num_images = 0
-        self._class_names = None if class_names is None else list(class_names)
-        self._labels: list[int | None] = []
+        self._class_names = class_names
         self._shape: tuple[int, ...] | None = None
 
     def __enter__(self) -> Self:
@@ -70,14 +151,16 @@ class ArchiveWriter:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Self]:
         try:
-            with (
-                atomic_path(self.path) as temporary,
-                zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as self._zip,
-            ):
+            with atomic_path(self.path) as temporary, temporary.open("wb") as file:
+                self._body = ArchiveBody(file, self._class_names)
                 yield self
-                self._write_labels()
+                self._body.finish()
         except OSError as error:
             raise RunError(f"Cannot write {self.path}: {error}; nothing was written there.") from error
+
+    @property
+    def num_images(self) -> int:
+        return self._body.num_images
 
     def add(self, image: NDArray[np.uint8], label: int | None = None) -> None:
         """Appends one image.
@@ -94,34 +177,8 @@ class ArchiveWriter:
             raise ValueError(f"Expected image to be uint8 (1|3, H, H), got {image.dtype} {image.shape}.")
         if image.shape != shape:
             raise ValueError(f"Expected image of shape {shape} as the first one, got {image.shape}.")
-        if self._labels and (label is None) != (self._labels[0] is None):
-            raise ValueError(f"Expected a label for all images or for none, got {label} at {self.num_images}.")
-        num_classes = None if self._class_names is None else len(self._class_names)
-        if label is not None and (label < 0 or (num_classes is not None and label >= num_classes)):
-            raise ValueError(f"Expected 0 <= label={label} < {num_classes or 'number of classes'}.")
         pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-        png = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(png, format="PNG")
-        self._write(self._member_name(self.num_images), png.getvalue())
-        self._labels.append(label)
-        self.num_images += 1
-
-    @staticmethod
-    def _member_name(index: int) -> str:
-        return f"{index // IMAGES_PER_FOLDER:05d}/img{index:08d}.png"
-
-    def _write(self, name: str, content: bytes) -> None:
-        info = zipfile.ZipInfo(name, ZIP_TIME)
-        info.external_attr = 0o644 << 16
-        self._zip.writestr(info, content)
-
-    def _write_labels(self) -> None:
-        labelled = bool(self._labels) and self._labels[0] is not None
-        pairs = [[self._member_name(index), label] for index, label in enumerate(self._labels)]
-        table: dict[str, Any] = {"labels": pairs if labelled else None}
-        if labelled and self._class_names is not None:
-            table["class_names"] = self._class_names
-        self._write(LABELS_NAME, json.dumps(table).encode())
+        self._body.add(encode_png(Image.fromarray(np.ascontiguousarray(pixels))), label)
 
 
 class ImageArchive:
@@ -144,15 +201,13 @@ class ImageArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._zip = open_zip(path)
-        members = {info.filename: info for info in self._zip.infolist()}
-        if LABELS_NAME not in members:
+        self._zip = ZipReader(path)
+        if LABELS_NAME not in self._zip:
             raise InputError(f"Expected {path} to hold {LABELS_NAME}: make an archive of it by dpdm prepare.")
-        self._names = sorted(name for name in members if name.lower().endswith(IMAGE_SUFFIXES))
+        self._names = [name for name in self._zip.names if name.lower().endswith(IMAGE_SUFFIXES)]
         if not self._names:
             raise InputError(f"Expected {path} to hold images, found none: make it anew by dpdm prepare.")
-        self._infos = [members[name] for name in self._names]
-        table = read_member(self._zip, members[LABELS_NAME], f"{path}: {LABELS_NAME}")
+        table = self._zip.read(LABELS_NAME, f"{path}: {LABELS_NAME}")
         self.labels, self.class_names = parse_labels(table, self._names, str(path))
         self.num_images = len(self._names)
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
@@ -243,7 +298,7 @@ class ImageArchive:
         return f"{self.path}: {self._names[index]}"
 
     def _bytes(self, index: int) -> bytes:
-        return read_member(self._zip, self._infos[index], self._where(index))
+        return self._zip.read(self._names[index], self._where(index))
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         image = open_image(self._where(index), self._bytes(index))
@@ -254,39 +309,18 @@ class ImageArchive:
         return to_array(load_pixels(self._where(index), image))
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
-    """Opens a zip for reading.
+def is_archive(path: Path) -> bool:
+    """Whether a zip has the layout of a prepared archive.
 
     Raises:
-        InputError: if it is absent, is no zip, or names a member twice (which one counts?).
+        InputError: if it is absent or no zip.
     """
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise InputError(f"Cannot open {path} as a zip: {error}.") from error
-    names = archive.namelist()
-    if len(set(names)) != len(names):
-        twice = sorted(name for name, count in Counter(names).items() if count > 1)
-        raise InputError(f"{path}: members that occur more than once: {list_names(twice)}")
-    return archive
-
-
-def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> bytes:
-    """Returns a member's content; its checksum is verified.
-
-    Raises:
-        InputError: with ``where``, if it is damaged, encrypted, or of more than 256 MiB.
-    """
-    if info.file_size > MAX_MEMBER_BYTES:
-        raise InputError(f"{where}: {info.file_size} bytes, expected at most {MAX_MEMBER_BYTES}")
-    try:
-        return archive.read(info)
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{where}: cannot be read from the zip ({error})") from error
+    with ZipReader(path) as members:
+        return LABELS_NAME in members
 
 
 def parse_labels(content: bytes, names: Sequence[str], where: str) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-    """Reads ``dataset.json``: labels (N,) in the order of ``names``, or None; class names, or None.
+    """Reads ``dataset.json``: labels (N,) in the order of the sorted ``names``, or None; class names, or None.
 
     Raises:
         InputError: if it has another form, or names other images than ``names``.
@@ -303,13 +337,10 @@ def parse_labels(content: bytes, names: Sequence[str], where: str) -> tuple[NDAr
     pairs = table["labels"]
     if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
         raise InputError(f"{where}: expected labels to be a list of [name, class] with classes 0, 1, 2, ...")
-    label_of = dict(pairs)
-    wrong = sorted(set(label_of) ^ set(names))
-    if wrong:
-        raise InputError(f"{where}: labels and images differ in {len(wrong)} names: {list_names(wrong)}")
-    if len(label_of) != len(pairs):
-        raise InputError(f"{where}: {len(pairs) - len(label_of)} images have more than one label")
-    labels = np.array([label_of[name] for name in names], np.int64)
+    pairs.sort(key=itemgetter(0))  # of a million images a dictionary beside the list would take another 100 MB
+    if len(pairs) != len(names) or any(pair[0] != name for pair, name in zip(pairs, names, strict=True)):
+        _explain_names(pairs, names, where)
+    labels = np.array([label for _, label in pairs], np.int64)
     class_names = table.get("class_names")
     if class_names is None:
         return labels, None
@@ -317,6 +348,14 @@ def parse_labels(content: bytes, names: Sequence[str], where: str) -> tuple[NDAr
     if not named or len(class_names) <= labels.max():
         raise InputError(f"{where}: expected class_names to be a list of at least {labels.max() + 1} names")
     return labels, class_names
+
+
+def _explain_names(pairs: list[list], names: Sequence[str], where: str) -> NoReturn:
+    labelled = [pair[0] for pair in pairs]
+    wrong = sorted(set(labelled) ^ set(names))
+    if wrong:
+        raise InputError(f"{where}: labels and images differ in {len(wrong)} names: {list_names(wrong)}")
+    raise InputError(f"{where}: {len(labelled) - len(names)} images have more than one label")
 
 
 def _is_pair(pair: object) -> bool:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dpdm.data.archive import LABELS_NAME, MAX_MEMBER_BYTES, open_zip, parse_labels, read_member
+from dpdm.data.archive import LABELS_NAME, parse_labels
 from dpdm.data.records import Split, list_names
 from dpdm.data.transforms import IMAGE_SUFFIXES
+from dpdm.data.zips import MAX_MEMBER_BYTES, ZipReader
 from dpdm.errors import InputError
 
 TRAIN_FOLDER = "train"
@@ -27,6 +29,7 @@ class Tree:
         folders: all folders but hidden ones.
         others: everything else that was found.
         read: content of a file. Raises InputError naming it.
+        stamp: see ``Split``; of a file.
     """
 
     where: str
@@ -34,6 +37,7 @@ class Tree:
     folders: set[str]
     others: list[str]
     read: Callable[[str], bytes]
+    stamp: Callable[[str], bytes]
 
 
 def folder_tree(root: Path) -> Tree:
@@ -48,9 +52,10 @@ def folder_tree(root: Path) -> Tree:
     folders: set[str] = set()
     others: list[str] = []
     refused: list[str] = []
+    prefix = len(f"{real_root}/".replace("//", "/"))  # of a million names; Path objects would take ten times as long
     try:
         for entry in _walk(real_root):
-            relative = Path(entry.path).relative_to(real_root).as_posix()
+            relative = entry.path[prefix:]
             if _is_hidden(relative):
                 others.append(relative)
             elif entry.is_symlink() and (entry.is_dir() or not Path(entry.path).resolve().is_relative_to(real_root)):
@@ -78,15 +83,23 @@ def folder_tree(root: Path) -> Tree:
         except OSError as error:
             raise InputError(f"{relative}: cannot be read ({error.strerror})") from error
 
-    return Tree(str(root), sorted(images), folders, sorted(others), read)
+    def stamp(relative: str) -> bytes:
+        try:
+            found = (real_root / relative).stat()
+        except OSError:
+            return b"absent"  # decoding names it with all others
+        return f"{found.st_size} {found.st_mtime_ns}".encode()
+
+    images.sort()
+    return Tree(str(root), images, folders, sorted(others), read, stamp)
 
 
-def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _walk(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             yield entry
             if entry.is_dir(follow_symlinks=False) and not _is_hidden(entry.name):
-                yield from _walk(Path(entry.path))
+                yield from _walk(entry.path)
 
 
 def zip_tree(path: Path) -> Tree:
@@ -96,24 +109,27 @@ def zip_tree(path: Path) -> Tree:
         InputError: if it is no zip, or naming all members with absolute, upward or backslash paths, or of
             more than 256 MiB.
     """
-    archive = open_zip(path)
-    infos = {info.filename.rstrip("/"): info for info in archive.infolist()}
-    odd = sorted(name for name in infos if name.startswith("/") or "\\" in name or ".." in name.split("/"))
+    archive = ZipReader(path)
+    names = archive.names
+    odd = [name for name in names if name.startswith("/") or "\\" in name or ".." in name.split("/")]
     if odd:
         raise InputError(f"{path}: members with unusable paths: {list_names(odd)}: write the zip anew.")
-    large = sorted(name for name, info in infos.items() if info.file_size > MAX_MEMBER_BYTES)
+    large = [name for name in names if archive.size(name) > MAX_MEMBER_BYTES]
     if large:
         raise InputError(f"{path}: members of more than {MAX_MEMBER_BYTES} bytes: {list_names(large)}")
-    files = sorted(name for name, info in infos.items() if not info.is_dir())
-    images = [name for name in files if not _is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES)]
-    others = sorted(set(files) - set(images))
-    parents = {str(parent) for name in infos for parent in _parents(name) if not _is_hidden(parent)}
-    folders = parents | {name for name, info in infos.items() if info.is_dir() and not _is_hidden(name)}
+    images: list[str] = []
+    others: list[str] = []
+    folders: set[str] = set()
+    for name in names:
+        hidden = _is_hidden(name)
+        folders.update(parent for parent in _parents(name) if not (hidden and _is_hidden(parent)))
+        if not name.endswith("/"):
+            (images if not hidden and name.lower().endswith(IMAGE_SUFFIXES) else others).append(name)
 
-    def read(name: str) -> bytes:
-        return read_member(archive, infos[name], name)
+    def stamp(name: str) -> bytes:
+        return f"{archive.size(name)} {archive.checksum(name)}".encode()
 
-    return _unwrap(Tree(str(path), images, folders, others, read))
+    return _unwrap(Tree(str(path), images, folders, others, lambda name: archive.read(name, name), stamp))
 
 
 def _parents(name: str) -> list[str]:
@@ -142,6 +158,7 @@ def _unwrap(tree: Tree) -> Tree:
         folders={name.removeprefix(prefix) for name in tree.folders if name.startswith(prefix)},
         others=[name.removeprefix(prefix) for name in tree.others],
         read=lambda name: tree.read(prefix + name),
+        stamp=lambda name: tree.stamp(prefix + name),
     )
 
 
@@ -158,7 +175,7 @@ def tree_splits(tree: Tree) -> dict[str, Split]:
     if LABELS_NAME in tree.others:
         labels, class_names = parse_labels(tree.read(LABELS_NAME), tree.images, tree.where)
         _note_skipped(tree, [name for name in tree.others if name != LABELS_NAME])
-        return {"train": Split(tree.images, lambda i: tree.read(tree.images[i]), labels, class_names)}
+        return {"train": tree_split(tree, tree.images, labels, class_names)}
     _note_skipped(tree, tree.others)
     if not tree.images:
         raise InputError(
@@ -217,8 +234,14 @@ def _split(tree: Tree, root: str, class_names: list[str] | None) -> Split:
     labels = None
     if class_names is not None:
         index = {name: number for number, name in enumerate(class_names)}
-        labels = np.array([index[name.removeprefix(root).split("/")[0]] for name in names], np.int64)
-    return Split(names, lambda i: tree.read(names[i]), labels, class_names)
+        found = (index[name.removeprefix(root).split("/")[0]] for name in names)
+        labels = np.fromiter(found, np.int64, len(names))
+    return tree_split(tree, names, labels, class_names)
+
+
+def tree_split(tree: Tree, names: list[str], labels: NDArray[np.int64] | None, class_names: list[str] | None) -> Split:
+    """Returns the split of these of a tree's images."""
+    return Split(names, lambda i: tree.read(names[i]), lambda i: tree.stamp(names[i]), labels, class_names)
 
 
 def _note_skipped(tree: Tree, names: list[str]) -> None:

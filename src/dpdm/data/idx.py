@@ -95,4 +95,4 @@ def idx_splits(folder: Path, class_names: list[str] | None = None) -> dict[str, 
 def array_split(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64], class_names: list[str]) -> Split:
     """Makes a split of (N, H, W) grey images that are in memory; record i is called ``name[i]``."""
     names = [f"{name}[{index}]" for index in range(len(images))]
-    return Split(names, lambda index: images[index], labels, class_names)
+    return Split(names, lambda index: images[index], lambda index: images[index].tobytes(), labels, class_names)

@@ -8,48 +8,57 @@ the statement.
 import contextlib
 import hashlib
 import hmac
+import json
 import os
 import struct
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
+from PIL import features
 
-from dpdm.data.archive import ArchiveWriter, ImageArchive
+from dpdm.data.archive import ImageArchive, encode_png
 from dpdm.data.records import Split, list_names
+from dpdm.data.resume import Unfinished, unfinished
 from dpdm.data.sources import open_source, source_path
-from dpdm.data.transforms import Transform, decode, fit, is_grey, to_array
+from dpdm.data.transforms import Resolution, Transform, check_resolution, decode, fit, is_grey, to_array
 from dpdm.errors import InputError
 from dpdm.progress import Progress
 
 SIZES_SHOWN = 5
 MIN_KEY_BYTES = 16
-DECODED_AHEAD = 64  # images in flight: enough for the threads, little memory even for large photos
+RECORDS_PER_TASK = 16  # a task for each record would cost as much as a small image
+TRAIN, HOLDOUT = 0, 1  # the two archives
 
 
 def prepare(
     source: str,
     dest: Path,
     *,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     transform: Transform | None = None,
     split: Literal["train", "holdout"] = "train",
+    attribute: str | None = None,
     overwrite: bool = False,
     cache_dir: Path | None = None,
 ) -> ImageArchive:
-    """Writes one split of a source as an archive.
+    """Writes one split of a source as an archive; goes on where an earlier call with these arguments was stopped.
 
     Args:
         source: see ``open_source``.
         dest: the zip to write.
-        resolution: height and width of the result; None keeps the size, which must then be common to all.
-        transform: "center-crop" takes the central square first; None expects square images.
+        resolution: side of the result; None keeps the size, which must then be common to all. "center-crop-wide"
+            takes (width, height), and the result's side is the width.
+        transform: see ``fit``; None expects square images.
         split: the source's "train" split (all of it where it has no own hold-out), or its own "holdout".
+        attribute: see ``open_source``.
         overwrite: replace an existing ``dest``.
         cache_dir: where downloads are kept.
 
@@ -58,14 +67,14 @@ def prepare(
         RunError: if a download or writing fails.
     """
     _check_dest(source, dest, overwrite)
-    splits = open_source(source, cache_dir=cache_dir)
+    check_resolution(resolution, transform)
+    splits = open_source(source, cache_dir=cache_dir, attribute=attribute)
     if split not in splits:
         raise InputError(f"Expected split={split!r} to be one of {', '.join(splits)}: {source} has no other.")
-    chosen = splits[split]
-    _check_enough(source, chosen.num_images)
-    recipe = _Recipe(source, _num_channels([chosen]), resolution, transform)
-    with ArchiveWriter(dest, chosen.class_names) as writer:
-        _write(recipe, [chosen], lambda image, part: writer)
+    chosen = [splits[split]]
+    recipe = _Recipe(source, chosen, [TRAIN], _num_channels(source, chosen), resolution, transform)
+    with unfinished([dest], chosen[0].class_names) as work:
+        _write(recipe, work)
     return ImageArchive(dest)
 
 
@@ -76,12 +85,12 @@ def prepare_with_holdout(
     *,
     holdout_key: bytes,
     fraction: float = 1 / 6,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     transform: Transform | None = None,
     overwrite: bool = False,
     cache_dir: Path | None = None,
 ) -> tuple[ImageArchive, ImageArchive]:
-    """Writes a private and a held-out archive.
+    """Writes a private and a held-out archive; goes on where an earlier call with these arguments was stopped.
 
     A source with a split of its own (digits, t10k files, train/ and test/ folders) keeps it; of any other
     each record goes to the side that ``is_held_out`` says.
@@ -108,26 +117,19 @@ def prepare_with_holdout(
     if not 0 < fraction < 1:
         raise InputError(f"Expected 0 < fraction={fraction} < 1: it is the part of the images that is held out.")
     _check_key(holdout_key)
+    check_resolution(resolution, transform)
     splits = open_source(source, cache_dir=cache_dir)
     parts = list(splits.values())
-    _check_enough(source, sum(part.num_images for part in parts))
-    recipe = _Recipe(source, _num_channels(parts), resolution, transform)
-    class_names = splits["train"].class_names
-    with (
-        ArchiveWriter(holdout_dest, class_names) as held_out,
-        ArchiveWriter(train_dest, class_names) as train,
-    ):
-
-        def side(image: NDArray[np.uint8], part: Split) -> ArchiveWriter:
-            if "holdout" in splits:
-                return held_out if part is splits["holdout"] else train
-            return held_out if is_held_out(image, holdout_key, fraction) else train
-
-        _write(recipe, parts, side)
-        if not (train.num_images and held_out.num_images):
+    sides = [HOLDOUT if name == "holdout" else TRAIN for name in splits] if "holdout" in splits else None
+    channels = _num_channels(source, parts)
+    recipe = _Recipe(source, parts, sides, channels, resolution, transform, holdout_key, fraction)
+    with unfinished([train_dest, holdout_dest], splits["train"].class_names) as work:
+        _write(recipe, work)
+        train, held_out = (body.num_images for body in work.bodies)
+        if not (train and held_out):
             raise InputError(
-                f"{source}: expected images on both sides, got {train.num_images} to train on and "
-                f"{held_out.num_images} held out: give more images, or folders train/ and test/."
+                f"{source}: expected images on both sides, got {train} to train on and {held_out} held out: give "
+                "more images, or folders train/ and test/."
             )
     return ImageArchive(train_dest), ImageArchive(holdout_dest)
 
@@ -156,31 +158,93 @@ def is_held_out(image: NDArray[np.uint8], key: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < int(fraction * 2**64)
 
 
+@dataclass(frozen=True)
+class _Record:
+    """A prepared record.
+
+    Attributes:
+        side: the archive that it belongs to.
+        png: its file there.
+        size: width and height.
+    """
+
+    side: int
+    png: bytes
+    size: tuple[int, int]
+
+
 @dataclass
 class _Recipe:
-    """How each record is prepared, and what went wrong so far."""
+    """How each record is prepared, and what went wrong so far.
+
+    Attributes:
+        source: for messages.
+        splits: the records are all of the first split, then all of the next.
+        sides: the archive of each split; None: of each record, by its keyed hash.
+        num_channels, resolution, transform: see ``decode`` and ``fit``.
+        key, fraction: see ``is_held_out``.
+        bad: a message for each record that cannot be used.
+        sizes: each size with the first record that has it.
+    """
 
     source: str
+    splits: list[Split]
+    sides: list[int] | None
     num_channels: int
-    resolution: int | None
+    resolution: Resolution | None
     transform: Transform | None
+    key: bytes = b""
+    fraction: float = 0.0
     bad: list[str] = field(default_factory=list)
     sizes: dict[tuple[int, int], str] = field(default_factory=dict)
 
-    def load(self, split: Split, index: int) -> NDArray[np.uint8] | InputError:
-        """Returns (C, H, W), or the error: an exception would end the generator that decodes ahead."""
+    def identity(self) -> str:
+        """Returns SHA-256, in hex, over everything that the archives' bytes depend on.
+
+        Files are taken to be the same if name, size and time of change are; members of zips, if name, size and
+        checksum are.
+        """
+        code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        libraries = [PIL.__version__, *(features.version(name) for name in ("jpg", "zlib", "webp", "libtiff"))]
+        options = [self.sides, self.num_channels, self.resolution, self.transform, self.key.hex(), self.fraction]
+        shapes = [[split.num_images, split.class_names, split.labels is not None] for split in self.splits]
+        digest = hashlib.sha256(json.dumps([options, shapes, libraries]).encode() + hashlib.sha256(code).digest())
+        for split in self.splits:
+            if split.labels is not None:
+                digest.update(split.labels.astype("<i8").tobytes())
+            for index, name in enumerate(split.names):
+                stamp = split.stamp(index)
+                digest.update(f"{len(name)} {len(stamp)} {name}".encode(errors="surrogateescape") + stamp)
+        return digest.hexdigest()
+
+    def load(self, number: int, index: int) -> _Record | InputError:
+        """Prepares record ``index`` of split ``number``; returns the error, as an exception would end all of a task."""
+        split = self.splits[number]
         name = split.names[index]
         try:
-            return to_array(fit(decode(name, split.read(index), self.num_channels), self.resolution, self.transform))
+            image = fit(decode(name, split.read(index), self.num_channels), self.resolution, self.transform)
         except InputError as error:
             return error
-
-    def accepts(self, name: str, image: NDArray[np.uint8] | InputError) -> bool:
-        """Notes a record's problem or size; False once anything stands against writing."""
-        if isinstance(image, InputError):
-            self.bad.append(str(image))
+        if self.sides is not None:
+            side = self.sides[number]
         else:
-            self.sizes.setdefault((image.shape[2], image.shape[1]), name)
+            side = HOLDOUT if is_held_out(to_array(image), self.key, self.fraction) else TRAIN
+        return _Record(side, encode_png(image), image.size)
+
+    def label(self, record: int) -> int | None:
+        """Returns the class of a record, counted over all splits."""
+        for split in self.splits:
+            if record < split.num_images:
+                return split.label(record)
+            record -= split.num_images
+        raise IndexError(record)
+
+    def accepts(self, name: str, record: _Record | InputError) -> bool:
+        """Notes a record's problem or size; False once anything stands against writing."""
+        if isinstance(record, InputError):
+            self.bad.append(str(record))
+        else:
+            self.sizes.setdefault(record.size, name)
         return not self.bad and self._sizes_agree()
 
     def _sizes_agree(self) -> bool:
@@ -203,33 +267,55 @@ class _Recipe:
             raise InputError(f"{self.source}: {'; '.join(problems)}")
 
 
-def _write(
-    recipe: _Recipe, splits: list[Split], writer_of: Callable[[NDArray[np.uint8], Split], ArchiveWriter]
-) -> None:
-    """Prepares all records and adds each to its writer; goes on after a bad one, to name all of them."""
-    with Progress("prepare", sum(split.num_images for split in splits), unit="images") as progress:
-        for split in splits:
-            for index, image in enumerate(_decoded(recipe, split)):
-                if recipe.accepts(split.names[index], image) and not isinstance(image, InputError):
-                    writer_of(image, split).add(image, split.label(index))
-                progress.advance()
+def _write(recipe: _Recipe, work: Unfinished) -> None:
+    """Prepares all records but those that are done; goes on after a bad one, to name all of them."""
+    total = sum(split.num_images for split in recipe.splits)
+    if not work.go_on(recipe.identity(), recipe.label):
+        print("note: the source, the options or dpdm are not those of the unfinished archive: anew", file=sys.stderr)
+    if work.num_done:
+        print(f"note: going on after {work.num_done} of {total} images", file=sys.stderr)
+        recipe.accepts(recipe.splits[0].names[0], recipe.load(0, 0))  # the others' size
+    with Progress("prepare", total, start=work.num_done, unit="images") as progress:
+        for split, indices, records in _prepared(recipe, work.num_done):
+            for index, record in zip(indices, records, strict=True):
+                if recipe.accepts(split.names[index], record) and isinstance(record, _Record):
+                    work.add(record.side, record.png, split.label(index))
+            work.flush()
+            progress.advance(len(records))
     recipe.finish()
 
 
-def _decoded(recipe: _Recipe, split: Split) -> Iterator[NDArray[np.uint8] | InputError]:
-    """Decodes on several threads (Pillow releases the interpreter lock), in order, a bounded number ahead."""
-    pending: deque[Future[NDArray[np.uint8] | InputError]] = deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for index in range(split.num_images):
-            pending.append(pool.submit(recipe.load, split, index))
-            if len(pending) >= DECODED_AHEAD:
-                yield pending.popleft().result()
+def _prepared(recipe: _Recipe, start: int) -> Iterator[tuple[Split, range, list[_Record | InputError]]]:
+    """Prepares records from ``start`` on, in order, on several threads (Pillow releases the interpreter lock).
+
+    A bounded number of them is ahead: memory does not grow with the source.
+    """
+
+    def task(number: int, indices: range) -> tuple[Split, range, list[_Record | InputError]]:
+        return recipe.splits[number], indices, [recipe.load(number, index) for index in indices]
+
+    workers = min(8, os.cpu_count() or 1)
+    pending: deque[Future[tuple[Split, range, list[_Record | InputError]]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for number, split in enumerate(recipe.splits):
+            for first in range(min(start, split.num_images), split.num_images, RECORDS_PER_TASK):
+                indices = range(first, min(first + RECORDS_PER_TASK, split.num_images))
+                pending.append(pool.submit(task, number, indices))
+                if len(pending) > workers + 1:
+                    yield pending.popleft().result()
+            start = max(0, start - split.num_images)
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _num_channels(splits: list[Split]) -> int:
+def _num_channels(source: str, splits: list[Split]) -> int:
     """Returns 1 if every image's format is grey, else 3; reads headers until the first colour image."""
+    num_images = sum(split.num_images for split in splits)
+    if num_images < 2:
+        raise InputError(f"Expected at least 2 images in {source}, got {num_images}.")
     for split in splits:
         for index, name in enumerate(split.names):
             # An unreadable image has no say here; decoding names it with all others.
@@ -237,11 +323,6 @@ def _num_channels(splits: list[Split]) -> int:
                 if not is_grey(name, split.read(index)):
                     return 3
     return 1
-
-
-def _check_enough(source: str, num_images: int) -> None:
-    if num_images < 2:
-        raise InputError(f"Expected at least 2 images in {source}, got {num_images}.")
 
 
 def _check_key(key: bytes) -> None:

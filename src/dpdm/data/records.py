@@ -15,14 +15,17 @@ class Split:
 
     Attributes:
         names: one per record, for messages.
-        read: content of record i, an encoded file or a grey (H, W) uint8 array; may be called from several
-            threads. Raises InputError naming the record.
+        read: content of record i, an encoded file or a grey (H, W) or RGB (H, W, 3) uint8 array; may be called
+            from several threads. Raises InputError naming the record.
+        stamp: what tells that record i is still the same, without reading a file: its checksum, or its size and
+            time of change.
         labels: (N,) class indices, or None for a source without classes.
         class_names: one per class, also for classes without images; None without labels or names.
     """
 
     names: Sequence[str]
     read: Callable[[int], bytes | NDArray[np.uint8]]
+    stamp: Callable[[int], bytes]
     labels: NDArray[np.int64] | None
     class_names: list[str] | None
 

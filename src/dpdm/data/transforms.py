@@ -22,7 +22,8 @@ MAX_RESOLUTION = 4096
 GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # "I": how older Pillows open 16-bit PNGs
 GREY_MODES = ("1", "L", "LA", "La", *GREY_16_BIT_MODES)
 
-Transform = Literal["center-crop"]
+Transform = Literal["center-crop", "center-crop-wide"]
+Resolution = int | tuple[int, int]  # side of a square, or (width, height), which center-crop-wide alone takes
 
 
 def open_image(name: str, content: bytes) -> Image.Image:
@@ -60,14 +61,17 @@ def load_pixels(name: str, image: Image.Image) -> Image.Image:
 
 def is_grey(name: str, content: bytes | NDArray[np.uint8]) -> bool:
     """Whether the image's *format* is grey (its pixels are not looked at: a grey photo in RGB is colour)."""
-    return isinstance(content, np.ndarray) or open_image(name, content).mode in GREY_MODES
+    if isinstance(content, np.ndarray):
+        return content.ndim == 2
+    return open_image(name, content).mode in GREY_MODES
 
 
 def decode(name: str, content: bytes | NDArray[np.uint8], num_channels: int) -> Image.Image:
     """Decodes to mode L (``num_channels`` 1) or RGB (3), upright by its EXIF orientation.
 
-    Transparent parts are composited on black; 16-bit grey v becomes round(v / 257); palettes, CMYK and YCbCr
-    become RGB.
+    Transparent parts are composited on black; 16-bit grey v becomes round(v / 257), of 16-bit RGB Pillow keeps the
+    upper 8 bits; palettes, CMYK and YCbCr become RGB, without regard to colour profiles. What the file says beside
+    the pixels is left behind.
 
     Raises:
         InputError: naming the image, if it is truncated, damaged, animated, too large, or of floating point.
@@ -78,10 +82,17 @@ def decode(name: str, content: bytes | NDArray[np.uint8], num_channels: int) -> 
     try:
         grey = image.mode in GREY_MODES
         # Grey first becomes L and then RGB, so that both renditions of a grey image hold the same values.
-        image = _to_8_bit(ImageOps.exif_transpose(image), "L" if grey else "RGB")
-        return image.convert("L" if num_channels == 1 else "RGB")
+        image = _to_8_bit(_upright(image), "L" if grey else "RGB")
+        image = _convert(image, "L" if num_channels == 1 else "RGB")
+        image.info.clear()  # a place, a date, a camera's number: Pillow would save some of it with the pixels
+        return image
     except Exception as error:  # as above: third-party decoders on damaged bytes
         raise InputError(f"{name}: cannot be decoded ({_reason(error)})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    ImageOps.exif_transpose(image, in_place=True)  # not in place it would copy every image that is upright already
+    return image
 
 
 def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
@@ -98,23 +109,52 @@ def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
-    return image.convert(mode)
+    return _convert(image, mode)
 
 
-def fit(image: Image.Image, resolution: int | None, transform: Transform | None) -> Image.Image:
-    """Crops to the central square if asked, then resizes a square image to ``resolution``.
+def _convert(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
-    An image that is still not square is returned as it is; the caller compares the sizes of all images.
+
+def fit(image: Image.Image, resolution: Resolution | None, transform: Transform | None) -> Image.Image:
+    """Crops to the central part if asked, then resizes.
+
+    ``center-crop`` takes the central square. ``center-crop-wide`` takes the largest central part of shape
+    width:height, scales it to width x height and puts it between black bars of equal height (one row more below if
+    they are odd) into a square of width x width. Without a transform an image that is not square is returned as it
+    is; the caller compares the sizes of all images.
+
     Resizing is Pillow's LANCZOS, whose filter widens with the factor, so that shrinking does not alias.
     """
-    width, height = image.size
-    if transform == "center-crop" and width != height:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if resolution is not None and image.width == image.height != resolution:
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    if transform == "center-crop-wide":
+        width, height = _sides(resolution or image.width)
+        image = _resize(_central(image, width, height), width, height)
+        square = Image.new(image.mode, (width, width))
+        square.paste(image, (0, (width - height) // 2))
+        return square
+    if transform == "center-crop":
+        image = _central(image, 1, 1)
+    if isinstance(resolution, int) and image.width == image.height:
+        image = _resize(image, resolution, resolution)
     return image
+
+
+def _sides(resolution: Resolution) -> tuple[int, int]:
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
+
+
+def _central(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Cuts out the largest central part whose sides are as width to height, to the nearest pixel."""
+    across = min(image.width, max(1, (2 * image.height * width + height) // (2 * height)))
+    down = min(image.height, max(1, (2 * image.width * height + width) // (2 * width)))
+    if (across, down) == image.size:
+        return image
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    return image.crop((left, top, left + across, top + down))
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
@@ -123,17 +163,34 @@ def to_array(image: Image.Image) -> NDArray[np.uint8]:
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def parse_resolution(text: str) -> int:
-    """Reads ``32x32`` or ``32``.
+def parse_resolution(text: str) -> Resolution:
+    """Reads ``32x32`` or ``32`` as 32, and ``64x48``, width x height, as (64, 48).
 
     Raises:
-        InputError: if it is anything else, is not square, or is not in 1..4096.
+        InputError: if it is anything else, or is not in 1..4096.
     """
     match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip(), flags=re.ASCII)
     width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if width != height or not 1 <= width <= MAX_RESOLUTION:
-        raise InputError(f"Expected resolution={text!r} to be square, like 32x32, of at most {MAX_RESOLUTION}.")
-    return width
+    if not (1 <= width <= MAX_RESOLUTION and 1 <= height <= MAX_RESOLUTION):
+        raise InputError(f"Expected resolution={text!r} to be WIDTHxHEIGHT, like 32x32, of at most {MAX_RESOLUTION}.")
+    return width if width == height else (width, height)
+
+
+def check_resolution(resolution: Resolution | None, transform: Transform | None) -> None:
+    """Raises InputError unless every image becomes a square by these two."""
+    if transform == "center-crop-wide" and resolution is None:
+        raise InputError("Expected resolution with center-crop-wide, got none: give --resolution 64x48, say.")
+    width, height = _sides(resolution or 1)
+    if transform == "center-crop-wide" and width < height:
+        raise InputError(
+            f"Expected width >= height with center-crop-wide, got resolution={width}x{height}: give "
+            f"--resolution {height}x{width}."
+        )
+    if transform != "center-crop-wide" and width != height:
+        raise InputError(
+            f"Expected resolution={width}x{height} to be square: give --resolution {width}x{width}, or "
+            "--transform center-crop-wide."
+        )
 
 
 def _reason(error: Exception) -> str:

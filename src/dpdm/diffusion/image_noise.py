@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpdm.errors import InputError
+
 
 class PerImageNoise:
     """Standard normal noise in which every image has its own stream.
@@ -38,6 +40,30 @@ class PerImageNoise:
 def random_label(seed: int, index: int, num_classes: int) -> int:
     """Returns the class of image ``index``, uniform over 0 .. num_classes - 1."""
     return _digest("label", seed, index) % num_classes  # 2^256 is so large that the remainder is uniform
+
+
+def image_labels(wanted: int | None, seed: int, indices: Sequence[int], num_classes: int) -> Tensor | None:
+    """Returns the classes of images, (n,) int64: ``wanted`` for all, or random ones, each decided by (seed, index).
+
+    Args:
+        wanted: a class; None or ``num_classes`` for random ones.
+        seed: of the images.
+        indices: (n,) of the images.
+        num_classes: 0 for an unconditional model, which has no labels: None is returned.
+
+    Raises:
+        InputError: if ``wanted`` is no class.
+    """
+    if wanted is not None and wanted > num_classes:
+        raise InputError(
+            f"Expected 0 <= sampler.labels <= {num_classes}, got {wanted}: the model has {num_classes} "
+            "classes, and their number itself draws random ones."
+        )
+    if num_classes == 0:
+        return None
+    if wanted is None or wanted == num_classes:
+        return torch.tensor([random_label(seed, index, num_classes) for index in indices], dtype=torch.int64)
+    return torch.full((len(indices),), wanted, dtype=torch.int64)
 
 
 def _digest(purpose: str, seed: int, index: int) -> int:

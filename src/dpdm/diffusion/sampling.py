@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from dpdm.diffusion.denoiser import Denoiser
-from dpdm.diffusion.image_noise import PerImageNoise, random_label
+from dpdm.diffusion.image_noise import PerImageNoise, image_labels
 from dpdm.errors import InputError, RunError
 
 SamplerType = Literal["ddim", "edm", "dpm_solver_pp"]
 OutputType = Literal["folder", "zip", "npz"]
+# Lowest noise level and rho: those of Karras et al. 2022; DPM-Solver++, whose variable is ln(sigma), does best with
+# levels even in it, and few evaluations are better spent above 0.02 than below (measured in docs/samplers.md).
+SCHEDULES = {"ddim": (0.002, 7.0), "edm": (0.002, 7.0), "dpm_solver_pp": (0.02, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class SamplerConfig:
     Attributes:
         type: solver.
         num_steps: noise levels, and denoiser calls of ddim and dpm_solver_pp; edm makes about twice as many.
-        sigma_min: lowest noise level.
+        sigma_min: lowest noise level; None is the solver's own of ``SCHEDULES``.
         sigma_max: highest noise level, where x is nothing but noise.
-        rho: how strongly the levels crowd at the low end.
+        rho: how strongly the levels crowd at the low end; None is the solver's own of ``SCHEDULES``.
         guidance_scale: w in (1 + w) conditional - w unconditional; 0 is off.
         labels: class of all images; None or the number of classes: a random one for each.
         num_images: to be drawn.
@@ -47,9 +50,9 @@ class SamplerConfig:
 
     type: SamplerType = "ddim"
     num_steps: int = 50
-    sigma_min: float = 0.002
+    sigma_min: float | None = None
     sigma_max: float = 80.0
-    rho: float = 7.0
+    rho: float | None = None
     guidance_scale: float = 0.0
     labels: int | None = None
     num_images: int = 16
@@ -71,7 +74,7 @@ class SamplerConfig:
                 raise InputError(f"Expected sampler.{name} >= 1, got {getattr(self, name)}.")
         if self.labels is not None and self.labels < 0:
             raise InputError(f"Expected sampler.labels >= 0 or null, got {self.labels}: null draws classes.")
-        _check_levels(self.sigma_min, self.sigma_max, self.rho)
+        self.sigmas()
         if not math.isfinite(self.guidance_scale):
             raise InputError(f"Expected sampler.guidance_scale to be finite, got {self.guidance_scale}: 0 is off.")
         _check_churn(self.s_churn, self.s_min, self.s_max, self.s_noise)
@@ -86,6 +89,12 @@ class SamplerConfig:
                 "only sampler.type=edm has churn."
             )
 
+    def sigmas(self) -> Tensor:
+        """Returns the noise levels, by ``karras_sigmas``."""
+        sigma_min, rho = SCHEDULES[self.type]
+        sigma_min, rho = sigma_min if self.sigma_min is None else self.sigma_min, rho if self.rho is None else self.rho
+        return karras_sigmas(self.num_steps, sigma_min, self.sigma_max, rho)
+
 
 def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """Returns falling noise levels, evenly spaced in sigma^(1/rho).
@@ -97,7 +106,7 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
         num_steps: at least 1; a single level is sigma_max.
         sigma_min: the last level.
         sigma_max: the first level.
-        rho: 7 in the paper; 1 is even spacing.
+        rho: 7 in the paper; 1 is even spacing in sigma, and infinity, the limit, in ln(sigma).
 
     Returns:
         (num_steps,) float32.
@@ -108,6 +117,8 @@ def karras_sigmas(num_steps: int, sigma_min: float, sigma_max: float, rho: float
     if num_steps < 1:
         raise InputError(f"Expected num_steps >= 1, got {num_steps}.")
     _check_levels(sigma_min, sigma_max, rho)
+    if rho == math.inf:
+        return torch.linspace(math.log(sigma_max), math.log(sigma_min), num_steps, dtype=torch.float32).exp()
     roots = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float32)
     return roots**rho
 
@@ -305,9 +316,9 @@ def sample(
         InputError: if ``config.labels`` is no class, or guidance is asked of an unconditional model.
         RunError: if an image is not finite.
     """
-    labels = _labels(config.labels, seed, indices, num_classes)
+    labels = image_labels(config.labels, seed, indices, num_classes)
     noise = PerImageNoise(seed, indices, (num_channels, resolution, resolution), device)
-    sigmas = karras_sigmas(config.num_steps, config.sigma_min, config.sigma_max, config.rho)
+    sigmas = config.sigmas()
     was_training = denoiser.training
     denoiser.eval()
     try:
@@ -349,19 +360,6 @@ def _solve(
             return dpm_solver_pp(denoiser, x, sigmas, labels=labels, guidance_scale=scale)
 
 
-def _labels(wanted: int | None, seed: int, indices: Sequence[int], num_classes: int) -> Tensor | None:
-    if wanted is not None and wanted > num_classes:
-        raise InputError(
-            f"Expected 0 <= sampler.labels <= {num_classes}, got {wanted}: the model has {num_classes} "
-            "classes, and their number itself draws random ones."
-        )
-    if num_classes == 0:
-        return None
-    if wanted is None or wanted == num_classes:
-        return torch.tensor([random_label(seed, index, num_classes) for index in indices], dtype=torch.int64)
-    return torch.full((len(indices),), wanted, dtype=torch.int64)
-
-
 def _draw(noise: Callable[[], Tensor] | None, what: str) -> Tensor:
     if noise is None:
         raise InputError(f"Expected noise with {what}, got None: pass a function such as PerImageNoise.")
@@ -386,7 +384,7 @@ def _check_levels(sigma_min: float, sigma_max: float, rho: float) -> None:
             f"Expected 0 < sampler.sigma_min < sampler.sigma_max, got {sigma_min} and {sigma_max}: "
             "the paper uses 0.002 and 80."
         )
-    if not 0.0 < rho < math.inf:
+    if not rho > 0.0:
         raise InputError(f"Expected sampler.rho > 0, got {rho}: the paper uses 7.")
 
 

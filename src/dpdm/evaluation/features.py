@@ -5,7 +5,7 @@ A distance means nothing without its extractor: ``Extractor`` carries the name t
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +27,30 @@ CHUNK = 1024
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """Turns images into features: a module from (B, C, H, W) pixels in [0, 1] to (B, dimension)."""
+    """Turns images into features: a module from (B, C, H, W) uint8 to (B, dimension).
+
+    Attributes:
+        name: to show beside every number that was computed with it.
+        batch_size: images that the module gets at a time.
+        one_thread: whether to compute on one thread of the CPU.
+        class_weights: (K, dimension) such that softmax(features class_weights^T) are class probabilities, or None.
+    """
 
     name: str
     dimension: int
     image_shape: tuple[int, int, int]
     module: nn.Module
     device: torch.device
+    batch_size: int = CHUNK
+    one_thread: bool = True
+    class_weights: np.ndarray | None = None
+
+
+class UnitPixels(nn.Module):
+    """From uint8 to float32 in [0, 1]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float() / 255
 
 
 def train_feature_extractor(
@@ -102,7 +119,7 @@ def pixel_extractor(resolution: int, channels: int) -> Extractor:
             f"Expected resolution >= 1 and channels >= 1, got {resolution} and {channels}: give the images' own size."
         )
     side = min(MAX_PIXEL_SIDE, resolution)
-    module = nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+    module = nn.Sequential(UnitPixels(), nn.AdaptiveAvgPool2d(side), nn.Flatten())
     name = f"pixels averaged to {side}x{side}"
     return Extractor(name, channels * side**2, (channels, resolution, resolution), module, torch.device("cpu"))
 
@@ -111,7 +128,7 @@ def extract(extractor: Extractor, images: np.ndarray) -> np.ndarray:
     """Returns the features of images, computed in float32 in chunks.
 
     Args:
-        extractor: from ``train_feature_extractor`` or ``pixel_extractor``.
+        extractor: from ``train_feature_extractor``, ``pixel_extractor`` or ``dpdm.evaluation.inception``.
         images: (N, C, H, W) uint8 of the extractor's own shape, N >= 1.
 
     Returns:
@@ -127,10 +144,11 @@ def extract(extractor: Extractor, images: np.ndarray) -> np.ndarray:
             "compare images of one size and number of channels."
         )
     features = np.empty((len(images), extractor.dimension))
-    with torch.no_grad(), _one_thread():
-        for start in range(0, len(images), CHUNK):
-            pixels = _to_pixels(images[start : start + CHUNK], extractor.device)
-            features[start : start + CHUNK] = extractor.module(pixels).double().cpu().numpy()
+    size = extractor.batch_size
+    with torch.no_grad(), _one_thread() if extractor.one_thread else nullcontext():
+        for start in range(0, len(images), size):
+            batch = torch.tensor(images[start : start + size], device=extractor.device)
+            features[start : start + size] = extractor.module(batch).double().cpu().numpy()
     return features
 
 
@@ -169,6 +187,7 @@ def within_class_variance(images: np.ndarray, labels: np.ndarray | None = None) 
 def _convolutional_features(channels: int, side: int) -> nn.Sequential:
     """Three convolutions and a linear layer; ``ceil_mode`` keeps images down to 1x1 alive."""
     return nn.Sequential(
+        UnitPixels(),
         nn.AdaptiveAvgPool2d(side),
         nn.Conv2d(channels, 16, 3, padding=1),
         nn.ReLU(),
@@ -228,15 +247,11 @@ def _fit(
         # Sorted, because a set that streams from the disk is read faster in order.
         batch, order = np.sort(order[:TRAIN_BATCH]), order[TRAIN_BATCH:]
         target = torch.from_numpy(labels[batch].astype(np.int64)).to(device)
-        loss = nn.functional.cross_entropy(classifier(_to_pixels(images[batch], device)), target)
+        loss = nn.functional.cross_entropy(classifier(torch.tensor(images[batch], device=device)), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-
-
-def _to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
-    return torch.tensor(images, device=device).float() / 255
 
 
 def _chunks(images: np.ndarray, index: np.ndarray) -> Iterator[np.ndarray]:

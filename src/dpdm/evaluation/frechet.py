@@ -1,11 +1,74 @@
 """The Frechet distance between two sets of features, each summarised as a Gaussian."""
 
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
 
 from dpdm.errors import InputError
 
 # Rounding stays far below this; a covariance that differs from its transpose by more was built wrongly.
 SYMMETRY_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a Gaussian needs to know of features, in float64; moments of parts merge into those of the whole.
+
+    The covariances of parts do not: their mean lacks the spread between the parts' means.
+
+    Attributes:
+        count: number N >= 0 of rows.
+        mean: (D,), zeros for no rows.
+        scatter: (D, D), sum of (x - mean)(x - mean)^T.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Self:
+        """Returns the moments of (N, D) features.
+
+        Raises:
+            InputError: if the shape is another, or a value is not finite.
+        """
+        features = np.asarray(features, dtype=np.float64)
+        if features.ndim != 2:
+            raise InputError(f"Expected features of shape (N, D), got {features.shape}: give one row per image.")
+        _check_finite("features", features)
+        mean = features.mean(axis=0) if len(features) else np.zeros(features.shape[1])
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    def merged(self, other: Self) -> Self:
+        """Returns the moments of both sets of rows together.
+
+        n = n_a + n_b, d = mean_b - mean_a, mean = mean_a + d n_b / n, S = S_a + S_b + d d^T n_a n_b / n: Chan,
+        Golub and LeVeque 1979. Sums of squares, from which a large mean would have to be taken away again, are
+        never formed.
+        """
+        count = self.count + other.count
+        if count == 0:
+            return self
+        difference = other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        between = np.outer(difference, difference) * (self.count * other.count / count)
+        return type(self)(count, mean, self.scatter + other.scatter + between)
+
+    def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the mean (D,) and the unbiased covariance (D, D).
+
+        Raises:
+            InputError: if there are fewer than 2 rows.
+        """
+        if self.count < 2:
+            raise InputError(
+                f"Expected features of shape (N >= 2, D), got {(self.count, len(self.mean))}: a covariance needs at "
+                "least two images."
+            )
+        return self.mean, self.scatter / (self.count - 1)
 
 
 def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -20,15 +83,7 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: if there are fewer than 2 rows, or a value is not finite.
     """
-    features = np.asarray(features, dtype=np.float64)
-    if features.ndim != 2 or len(features) < 2:
-        raise InputError(
-            f"Expected features of shape (N >= 2, D), got {features.shape}: a covariance needs at least two images."
-        )
-    _check_finite("features", features)
-    mu = features.mean(axis=0)
-    centred = features - mu
-    return mu, centred.T @ centred / (len(features) - 1)
+    return Moments.of(features).gaussian()
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -50,8 +105,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """
     mu1, mu2 = np.asarray(mu1, dtype=np.float64), np.asarray(mu2, dtype=np.float64)
     sigma1, sigma2 = np.asarray(sigma1, dtype=np.float64), np.asarray(sigma2, dtype=np.float64)
-    _check_gaussian("1", mu1, sigma1)
-    _check_gaussian("2", mu2, sigma2)
+    check_gaussian("1", mu1, sigma1)
+    check_gaussian("2", mu2, sigma2)
     if mu1.shape != mu2.shape:
         raise InputError(
             f"Expected mu1 and mu2 of one shape, got {mu1.shape} and {mu2.shape}: use one feature extractor for both."
@@ -65,7 +120,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return max(0.0, float(distance))
 
 
-def _check_gaussian(which: str, mu: np.ndarray, sigma: np.ndarray) -> None:
+def check_gaussian(which: str, mu: np.ndarray, sigma: np.ndarray) -> None:
+    """Raises InputError unless mu is (D,) and sigma (D, D), symmetric, and both are finite."""
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise InputError(
             f"Expected mu{which} (D,) and sigma{which} (D, D), got {mu.shape} and {sigma.shape}: "

@@ -54,11 +54,16 @@ class Guarantee:
         """Reads the top level of ``privacy.json``; other keys are left alone.
 
         Raises:
-            InputError: if a key is missing, or epsilon or delta is out of range.
+            InputError: if a key is missing, no mechanism is named, or epsilon or delta is out of range.
         """
         missing = [key for key in REQUIRED if key not in statement]
         if missing:
             raise InputError(f"Expected a privacy statement with {', '.join(missing)}: make the release again.")
+        if not statement["mechanisms"]:
+            raise InputError(
+                "Expected a privacy statement with mechanisms, got one without: it gives no guarantee to show; the "
+                "weights were converted from elsewhere, or nothing was trained."
+            )
         mechanisms = tuple(
             Mechanism(m["name"], m["sampling_rate"], m["noise_multiplier"], m["num_steps"])
             for m in statement["mechanisms"]

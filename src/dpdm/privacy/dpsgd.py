@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpdm import distributed
 from dpdm.errors import InputError
 from dpdm.privacy.layers import per_example
 from dpdm.privacy.noise import gaussian_noise
@@ -93,7 +94,7 @@ def private_gradient(
     noise_multiplier: float,
     expected_batch_size: int,
     physical_batch_size: int,
-    noise_key: bytes,
+    noise_key: bytes | None,
 ) -> PrivateGradient:
     """Returns (sum of clipped per-example gradients + noise_multiplier C z) / expected_batch_size, z standard normal.
 
@@ -102,15 +103,19 @@ def private_gradient(
     whatever ``loss`` computes, as long as an example's loss depends on no other example, and whatever the physical
     batch size. An empty batch gives noise alone. The divisor is public: the realised batch size never enters.
 
+    Several processes share the batch out: each record is in one process's part, the parts' clipped sums are added, and
+    rank 0 alone adds noise, once, to the total; the result is the same everywhere. An empty part is a part like any
+    other: every process takes part in every step. The bound of TAU on the summation holds for any order of adding.
+
     Args:
         parameters: by name, float32.
         loss: called with a piece of ``batch`` (b,), returns b losses, using ``parameters`` by layers with a rule.
-        batch: records of the logical batch, (n,), n >= 0.
+        batch: records of the logical batch, (n,), n >= 0; the same on all processes.
         clipping_norm: C > 0.
         noise_multiplier: noise standard deviation / C.
         expected_batch_size: q N.
         physical_batch_size: most examples in one forward pass; 1 needs the least memory.
-        noise_key: of this step and purpose alone.
+        noise_key: of this step and purpose alone; needed on rank 0, which keeps it to itself.
     """
     if len(batch) > LARGEST_BATCH:
         raise InputError(
@@ -119,28 +124,44 @@ def private_gradient(
     sums = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in parameters.values()]
     losses: list[Tensor] = []
     norms: list[Tensor] = []
-    for piece in physical_batches(batch, physical_batch_size):
+    own = distributed.share(len(batch))
+    for piece in physical_batches(batch[own.start : own.stop], physical_batch_size):
         piece_losses, grads = per_example_gradients(parameters, loss, piece)
         piece_sums, piece_norms = clip_and_sum(grads, clipping_norm)
         for total, part in zip(sums, piece_sums, strict=True):
             total += part
         losses.append(piece_losses.double())
         norms.append(piece_norms)
-    noise = gaussian_noise(noise_key, sum(total.numel() for total in sums))
-    gradients = []
+    distributed.sum_over_processes(sums)
+    if distributed.is_main():
+        if noise_key is None:
+            raise ValueError("Expected noise_key on rank 0, got None.")
+        add_noise(sums, noise_multiplier * clipping_norm, noise_key)
+    distributed.broadcast_tensors(sums)
+    all_losses, all_norms = _everybodys(losses), _everybodys(norms)
+    return PrivateGradient(
+        [(total / expected_batch_size).float() for total in sums],
+        batch_size=len(batch),
+        mean_loss=float(all_losses.mean()) if len(batch) else math.nan,
+        clip_fraction=float((all_norms > clipping_norm).double().mean()),
+        num_nonfinite=int((~torch.isfinite(all_norms)).sum()),
+    )
+
+
+def add_noise(sums: Sequence[Tensor], standard_deviation: float, key: bytes) -> None:
+    """Adds independent Gaussian noise to every entry of ``sums``, float64, from one stream of ``key``."""
+    noise = gaussian_noise(key, sum(total.numel() for total in sums))
     offset = 0
     for total in sums:
         part = torch.from_numpy(noise[offset : offset + total.numel()]).to(total.device).view(total.shape)
         offset += total.numel()
-        gradients.append(((total + noise_multiplier * clipping_norm * part) / expected_batch_size).float())
-    all_norms = torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64)
-    return PrivateGradient(
-        gradients,
-        batch_size=len(batch),
-        mean_loss=float(torch.cat(losses).mean()) if losses else math.nan,
-        clip_fraction=float((all_norms > clipping_norm).double().mean()),
-        num_nonfinite=int((~torch.isfinite(all_norms)).sum()),
-    )
+        total += standard_deviation * part
+
+
+def _everybodys(values: list[Tensor]) -> Tensor:
+    """Returns the values of all processes, in rank order, (n,) float64 on the CPU."""
+    own = torch.cat(values).cpu() if values else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(distributed.gather(own))
 
 
 def per_example_gradients(

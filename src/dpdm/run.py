@@ -1,0 +1,283 @@
+"""A run: what every process works with, the books that rank 0 keeps, and how both are opened.
+
+The books are what the guarantee rests on: the key of all randomness and the ledger of what was bought. They are with
+rank 0 alone; the other processes are handed what they need for a step, never the key of its noise.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdm import checkpoint, distributed
+from dpdm import config as configs
+from dpdm.checkpoint import TrainState
+from dpdm.config import Config
+from dpdm.data.archive import ImageArchive, is_archive
+from dpdm.data.prepare import prepare
+from dpdm.device import environment, execution, pick_device, total_memory, use_full_precision
+from dpdm.diffusion.denoiser import Denoiser
+from dpdm.errors import InputError
+from dpdm.files import write_text
+from dpdm.plan import Plan, check_keys, make_plan
+from dpdm.privacy import noise
+from dpdm.privacy.ledger import Ledger
+from dpdm.workdir import Workdir
+
+PIXELS_PER_PASS = 100_352  # 128 images of 28 x 28: enough to keep cores busy, about 2 GiB with the widest network
+GRADIENT_BYTES_PER_PASS = 2**29
+BYTES_PER_PASS = 4 * 2**30  # of memory, for each time that these two are allowed
+
+
+@dataclass
+class Run:
+    """What every process works with; nothing of it leaves ``private/``."""
+
+    config: Config
+    archive: ImageArchive
+    plan: Plan
+    denoiser: Denoiser
+    device: torch.device
+    data_fingerprint: str
+    physical_batch_size: int
+
+
+@dataclass
+class Books:
+    """What has been bought, and the key of the randomness; with rank 0 alone."""
+
+    run: Run
+    workdir: Workdir
+    ledger: Ledger
+    key: bytes
+    execution: str
+
+    def identity(self, *what: str | int) -> tuple[str, bytes]:
+        """Returns the ledger's name for a purchase, and the key of its randomness.
+
+        Guarantee: both depend on the run's key, the data, the config, what is bought, and on how it is computed
+        (code, libraries, hardware, threads, processes, physical batch; see ``execution``). So the same randomness is
+        not used for two computations that differ; on a CPU, whoever repeats a purchase with the same identity gets the
+        same bits. The central images are exact integer sums, which no hardware changes; they depend on the code alone.
+
+        With dp.seed there is no guarantee, and a step's randomness depends on its number alone: so that runs which
+        differ in rounding can be compared.
+        """
+        config = self.run.config
+        seeded = config.dp.seed is not None
+        what = what[:2] if seeded else what
+        context: tuple[str | int, ...] = (self.run.data_fingerprint, configs.run_hash(config), *what)
+        if what[0] == "DP-SGD" and not seeded:
+            context = (*context, self.execution, self.run.physical_batch_size)
+        return noise.derive_key(self.key, "identity", *context).hex(), noise.derive_key(
+            self.key, "randomness", *context
+        )
+
+    def buy_step(self, step: int, digest: str) -> bytes | None:
+        """Charges DP-SGD's step number ``step`` on the state of ``digest``; returns its key, None if none is left.
+
+        Guarantee: when it returns, the step is in the ledger, on the disk; no more steps than the plan's are charged.
+        """
+        name, key = self.identity("DP-SGD", step, digest)
+        if self.ledger.spent("DP-SGD") >= self.run.plan.num_iterations and not self.ledger.was_charged(name):
+            return None
+        self.ledger.reserve(self.run.plan.step(), name)
+        return key
+
+    def buy_central_images(self) -> bytes:
+        """Charges the central images; returns the key of their randomness."""
+        name, key = self.identity("central images")
+        if self.ledger.spent("central images") and not self.ledger.was_charged(name):
+            raise InputError(
+                "Expected the key with which the central images were bought, got another: they would have to be bought "
+                "again; start a new run."
+            )
+        assert self.run.plan.warmup is not None  # the caller has looked
+        self.ledger.reserve(self.run.plan.warmup, name)
+        return key
+
+    def save(self, state: TrainState) -> None:
+        facts = {"environment": environment(self.run.device), "ledger": self.ledger.last_line}
+        checkpoint.save(self.workdir.checkpoint, state, facts)
+
+
+def open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, Books | None, TrainState]:
+    """Returns a new run, or an old one at its last checkpoint; its books on rank 0, whose state the others get.
+
+    Raises:
+        InputError: for a config that does not fit, an existing run without ``resume``, or the reverse.
+    """
+    opened: list[tuple[Run, Books, TrainState]] = []
+
+    def open_books() -> tuple[Config, Path, Plan, str, int]:
+        run, books, state = _open_books(config, workdir, resume=resume)
+        opened.append((run, books, state))
+        return run.config, run.archive.path.resolve(), run.plan, run.data_fingerprint, run.physical_batch_size
+
+    facts = distributed.on_main(open_books)
+    return opened[0] if opened else _join(*facts)
+
+
+def share_state(state: TrainState) -> None:
+    """Gives rank 0's weights, average, moments and step to all processes."""
+    state.step = distributed.broadcast(state.step)
+    for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq):
+        distributed.broadcast_tensors(list(group.values()))
+
+
+def _join(
+    config: Config, path: Path, plan: Plan, fingerprint: str, physical_batch_size: int
+) -> tuple[Run, None, TrainState]:
+    """Returns what a process other than rank 0 works with, on its own copy of the images."""
+    device = _set_up(config)
+    archive = ImageArchive(path)
+    if archive.fingerprint() != fingerprint:
+        raise InputError(f"Expected the same images at {path} on every machine, got others: copy the archive anew.")
+    denoiser = configs.build_denoiser(config).to(device).train()
+    run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size)
+    return run, None, fresh_state(denoiser)
+
+
+def _set_up(config: Config) -> torch.device:
+    device = pick_device(config.setup.device)
+    use_full_precision()
+    # More threads than cores wait for each other; a config may come from a larger machine.
+    torch.set_num_threads(min(config.setup.num_threads or torch.get_num_threads(), os.cpu_count() or 1))
+    return device
+
+
+def physical_batch_size(config: Config, memory: int) -> int:
+    """Returns how many examples go through the network at a time, from the config, public facts and the machine alone.
+
+    Args:
+        config: a wish in it is cut to what ``memory`` can hold: it may come from a larger machine.
+        memory: bytes of the device.
+    """
+    side, draws = config.data.resolution or 1, config.loss.noise_multiplicity
+    num_parameters = sum(p.numel() for p in configs.build_denoiser(config).parameters())
+    small = min(PIXELS_PER_PASS // (draws * side * side), GRADIENT_BYTES_PER_PASS // (4 * num_parameters))
+    largest = small * max(1, memory // BYTES_PER_PASS)
+    chosen = small if config.train.physical_batch_size is None else min(config.train.physical_batch_size, largest)
+    return max(1, min(chosen, -(-config.train.expected_batch_size // config.train.n_splits)))
+
+
+def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
+    """Returns the training images; a source that is not a prepared archive is prepared into ``private/`` first."""
+    if config.data.path is None:
+        raise InputError("Expected data.path, got null: give an archive, a folder of images or idx files.")
+    path = Path(config.data.path)
+    if workdir.train_archive.exists():
+        if workdir.ledger.exists() or path == workdir.train_archive:
+            return ImageArchive(workdir.train_archive)
+        workdir.train_archive.unlink()  # from a run that died before it began; it may be of other images
+    if path.suffix == ".zip" and path.is_file() and is_archive(path):
+        return ImageArchive(path)
+    return prepare(config.data.path, workdir.train_archive)
+
+
+def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, Books, TrainState]:
+    exists = workdir.ledger.exists()
+    if exists and not resume:
+        raise InputError(f"Expected no run in {workdir.root}, got one: add --resume, or choose another --workdir.")
+    if resume and not exists:
+        raise InputError(
+            f"Expected a run to go on with in {workdir.root}, found no {workdir.ledger.relative_to(workdir.root)}: "
+            "check --workdir, or leave out --resume to begin."
+        )
+    if not exists and workdir.checkpoint.exists():
+        raise InputError(
+            f"Expected a ledger beside {workdir.checkpoint}, found none: what was spent is unknown; choose another "
+            "--workdir."
+        )
+    if config.model.network.dropout:
+        raise InputError(
+            f"Expected model.network.dropout=0 for training, got {config.model.network.dropout}: its randomness does "
+            "not come from the keyed stream."
+        )
+    check_keys(config)
+    if workdir.release.exists():
+        raise InputError(
+            f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
+        )
+    device = _set_up(config)
+    given = Path(config.data.path or "") == workdir.train_archive
+    try:
+        archive = open_archive(config, workdir)
+        config = configs.resolve(config, archive)
+        denoiser = configs.build_denoiser(config).to(device).train()
+        plan = make_plan(config, archive.num_images)
+    except InputError:
+        if not (exists or given):  # nothing was bought: leave the folder as it was found
+            workdir.train_archive.unlink(missing_ok=True)
+        raise
+    fingerprint = archive.fingerprint()
+    header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": configs.run_hash(config)}
+    if exists:
+        ledger = Ledger(workdir.ledger, repair=True)
+        _check_header(ledger.header, header, workdir)
+        key = _read_key(workdir)
+    else:
+        configs.save(config, workdir.config)
+        key = noise.new_key() if config.dp.seed is None else noise.test_key(config.dp.seed)
+        _write_key(workdir, key)
+        ledger = Ledger.create(workdir.ledger, header)
+    run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size(config, total_memory(device)))
+    books = Books(run, workdir, ledger, key, execution(device))
+    if not workdir.checkpoint.exists():
+        return run, books, fresh_state(denoiser)
+    state, facts = checkpoint.load(workdir.checkpoint)
+    checkpoint.check_accounted(state, facts, ledger)
+    for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq, state.warmup):
+        for name in group:
+            group[name] = group[name].to(device)
+    denoiser.network.load_state_dict(state.parameters)
+    state.parameters = _parameters(denoiser)
+    return run, books, state
+
+
+def fresh_state(denoiser: Denoiser) -> TrainState:
+    parameters = _parameters(denoiser)
+    return TrainState(
+        parameters,
+        ema={name: p.clone() for name, p in parameters.items()},
+        exp_avg={name: torch.zeros_like(p) for name, p in parameters.items()},
+        exp_avg_sq={name: torch.zeros_like(p) for name, p in parameters.items()},
+    )
+
+
+def _parameters(denoiser: Denoiser) -> dict[str, Tensor]:
+    """Returns the network's parameters, sharing memory, so that updates of one are seen in the other."""
+    return {name: p.detach() for name, p in denoiser.network.named_parameters()}
+
+
+def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) -> None:
+    for part, what in (("data", "images"), ("config", "config"), ("plan", "privacy plan")):
+        if old.get(part) != new[part]:
+            raise InputError(
+                f"Expected the {what} with which the run in {workdir.root} began, got others: resume with "
+                f"--config {workdir.config} and the same data, or choose another --workdir."
+            )
+
+
+def _write_key(workdir: Workdir, key: bytes) -> None:
+    write_text(workdir.key, key.hex() + "\n", mode=0o600)
+
+
+def _read_key(workdir: Workdir) -> bytes:
+    try:
+        key = bytes.fromhex(workdir.key.read_text().strip())
+        if len(key) != noise.KEY_BYTES:
+            raise ValueError("its length differs")
+        return key
+    except FileNotFoundError:
+        raise InputError(
+            f"Expected the run's key at {workdir.key}, found none: it is deleted at release, after which a run is over."
+        ) from None
+    except ValueError:
+        raise InputError(
+            f"Expected 64 hex digits in {workdir.key}, got something else: the run cannot go on; start a new one."
+        ) from None
