@@ -98,6 +98,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message_and_a_state_to_go_on_fr
     assert distance(state, alone) < 1e-5
 
 
+@pytest.mark.slow  # docs/from-the-original.md, which is tested, starts two processes by the key as well
 def test_the_key_starts_the_processes_and_a_mistake_is_one_line(archive: Path, tmp_path: Path) -> None:
     overrides = [*TINY, f"data.path={archive}", "setup.n_gpus_per_node=2", "train.num_iterations=1"]
     process = start("-m", "dpdm", "train", "--workdir", f"{tmp_path}/w", "--", *overrides)

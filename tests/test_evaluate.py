@@ -9,7 +9,7 @@ import torch
 
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError
-from dpdm.evaluate import ImageSet, evaluate, read_set, read_synthetic, sections, spending, summary
+from dpdm.evaluate import Classifiers, ImageSet, evaluate, read_set, read_synthetic, sections, spending, summary
 from dpdm.privacy.accounting import Mechanism, epsilon_spent
 from dpdm.workdir import Workdir
 
@@ -122,3 +122,23 @@ def test_evaluate_needs_synthetic_images(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="dpdm sample"):
         read_synthetic(Workdir(tmp_path), Config())
+
+
+def test_downstream_classifiers_are_tested_on_the_held_out_images(
+    real: ImageArchive, held_out: ImageArchive, tmp_path: Path
+) -> None:
+    good = stripes(200, seed=2)
+    synthetic = ImageSet("synthetic", good.images, good.labels)
+    result = evaluate(Workdir(tmp_path / "w"), synthetic, real, held_out, classifiers=Classifiers("paper", 2, "cpu"))
+    found = result["classifiers"]
+    assert list(found) == ["synthetic", "real"]
+    assert [list(value) for value in found.values()] == [["logreg", "mlp", "cnn"]] * 2
+    assert found["synthetic"]["cnn"]["num_test"] == 60
+    assert found["synthetic"]["cnn"]["training"]["source"] == "synthetic"
+    assert found["real"]["cnn"]["training"]["source"] == "real"
+    table = next(section for section in sections(result) if section.title == "Downstream classifiers")
+    assert len(table.rows) == 6
+    assert "of 2, 184 images" in table.rows[0].note
+    assert "trained on synthetic: logreg" in summary(result)
+    with pytest.raises(InputError, match="held-out real images for classifiers"):
+        evaluate(Workdir(tmp_path / "w"), synthetic, real, None, classifiers=Classifiers("paper"))

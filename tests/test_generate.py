@@ -383,7 +383,7 @@ def test_two_processes_as_a_user_starts_them(denoiser: Denoiser, release: Path, 
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
 
 
-@pytest.mark.parametrize("how", ["raise", "kill"])
+@pytest.mark.parametrize("how", ["raise", pytest.param("kill", marks=pytest.mark.slow)])
 def test_a_process_that_fails_ends_the_command(how: str, release: Path, tmp_path: Path) -> None:
     program = tmp_path / "broken.py"
     program.write_text(BROKEN)

@@ -62,7 +62,11 @@ def content_of(name: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=REFERENCE_NAMES)
+# The largest takes as long as all others; tests/diffusion holds its vectors as well, by our own names.
+SLOW = {"celeba_64": [pytest.mark.slow]}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=SLOW.get(n, [])) for n in REFERENCE_NAMES])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

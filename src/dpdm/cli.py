@@ -258,10 +258,11 @@ def release(workdir: Path | None, source: Path | None, config: tuple[str, ...], 
 )
 @config_options
 @workdir_option
-def sample(config: tuple[str, ...], workdir: Path, words: tuple[str, ...]) -> None:
+def sample(config: tuple[str, ...], workdir: Path, words: tuple[str, ...]) -> int:
     """Draw images into samples/ in DIR, from model.ckpt or else from DIR's own release.
 
-    model.ckpt is a release, or with --config a checkpoint of the original DPDM.
+    model.ckpt is a release, or with --config a checkpoint of the original DPDM. On several GPUs:
+    setup.n_gpus_per_node=N after --, or torchrun.
 
     What is drawn from a release costs no privacy, however much it is.
     """
@@ -282,9 +283,12 @@ def sample(config: tuple[str, ...], workdir: Path, words: tuple[str, ...]) -> No
             asked = configs.load([own, *files], overrides, quiet=True)
         denoiser = load_denoiser(ckpt, asked if own is not None or files else None)
         archive = run.synthetic if ckpt == run.release and not run.synthetic.exists() else None
+    if processes := launch.processes_to_start(asked, overrides):
+        return launch.start(processes, click.get_current_context().obj)
     count = make_samples(denoiser, asked, folder=run.samples, archive=archive)
     if speaks():
         print(f"{count} images in {run.samples}", file=sys.stderr)
+    return 0
 
 
 @app.command("fid-stats", short_help="Feature statistics of a data set, for FID; private.")

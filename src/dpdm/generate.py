@@ -169,12 +169,11 @@ def _labels(denoiser: Denoiser, config: Config, count: int) -> np.ndarray | None
     return None if labels is None else labels.numpy()
 
 
-def _batches(denoiser: Denoiser, config: Config, indices: range) -> Iterator[np.ndarray]:
+def _batches(denoiser: Denoiser, config: Config, indices: range, unit: str = "images") -> Iterator[np.ndarray]:
     """Yields the images of ``indices`` as (n, C, H, W) uint8, ``sampler.batch_size`` at a time."""
     use_full_precision()  # with TF32 an image would depend on its batch by more than one grey level
     device = pick_device(config.setup.device)
     network = denoiser.to(device).network
-    unit = "images" if distributed.size() == 1 else f"images in each of {distributed.size()} processes"
     with Progress("Sampling", len(indices), unit=unit) as progress:
         for start in range(0, len(indices), config.sampler.batch_size):
             part = indices[start : start + config.sampler.batch_size]
@@ -199,7 +198,8 @@ def _draw_share(denoiser: Denoiser, config: Config, workspace: Path, *, pngs: bo
     indices = distributed.share(config.sampler.num_images)
     index = indices.start
     with _pixels(workspace, distributed.rank()).open("wb") as file:
-        for images in _batches(denoiser, config, indices):
+        unit = "images" if distributed.size() == 1 else f"images in each of {distributed.size()} processes"
+        for images in _batches(denoiser, config, indices, unit):
             file.write(images.tobytes())
             for image in images if pngs else ():
                 to_image(image).save(workspace / "samples" / _png_name(index, config.sampler.num_images))
