@@ -109,6 +109,7 @@ def test_training_is_the_published_one(fact: Fact) -> None:
     assert not train.warmup.enabled
 
 
+@pytest.mark.slow  # half a minute; tests/privacy/test_accounting.py holds those of MNIST
 def test_the_noise_is_what_the_budget_asks_for(fact: Fact) -> None:
     config = load(fact, "train")
     plan = calibrated(config.train.expected_batch_size, config.train.num_epochs, config.dp, fact.dataset_size)

@@ -62,8 +62,8 @@ def content_of(name: str) -> dict[str, Any]:
     }
 
 
-# The largest takes as long as all others; tests/diffusion holds its vectors as well, by our own names.
-SLOW = {"celeba_64": [pytest.mark.slow]}
+# Together they take a minute of one core; tests/diffusion holds their vectors as well, by our own names.
+SLOW = {name: [pytest.mark.slow] for name in ("celeba_64", "imagenet_32", "celeba_32")}
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=SLOW.get(n, [])) for n in REFERENCE_NAMES])
