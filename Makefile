@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow
+.PHONY: benchmark demo test test-slow
 
 demo: .venv/ready
 	$(BIN)/dpdm demo --workdir runs/demo
@@ -15,6 +15,16 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# Nothing else should run meanwhile. Rewrites the tables of docs/performance.md that need no GPU.
+benchmark: .venv/ready-to-benchmark
+	$(BIN)/python benchmarks/dp_step.py --rounds 3 --peers opacus_hooks --docs
+	$(BIN)/python benchmarks/sampling.py --docs
+	$(BIN)/python benchmarks/scaling.py --docs
+
+.venv/ready-to-benchmark: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmark]'
+	touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -9,13 +9,13 @@ compute in float32, as in use: what that costs is printed as well.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _charts import ROOT, Series, logarithmic_chart, picture, write_between
 from torch import Tensor
 
 from dpdm import load_denoiser
@@ -29,8 +29,7 @@ EVALUATIONS = (6, 8, 10, 12, 15, 20, 30, 50, 100)
 REFERENCE_STEPS = 1000
 Levels = tuple[float | None, float | None]
 COLOURS = {"ddim": "#b3541e", "edm": "#5b5b9a", "dpm_solver_pp": "#1a7f5a"}
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 64, 120, 16, 48
-PAGE = Path(__file__).parent.parent / "docs" / "samplers.md"
+PAGE = ROOT / "docs" / "samplers.md"
 
 
 def levels_for(solver: SamplerType, evaluations: int) -> int:
@@ -120,52 +119,14 @@ def table(result: dict[str, Any]) -> str:
 
 def chart(result: dict[str, Any]) -> str:
     """Returns the distances as an SVG picture with logarithmic axes."""
-    points = {solver: list(values.items()) for solver, values in result["distances"].items()}
-    everything = [point for line in points.values() for point in line]
-    x_low, x_high = (pick(x for x, _ in everything) for pick in (min, max))
-    y_low, y_high = (pick(y for _, y in everything) for pick in (min, max))
-
-    def place(value: float, low: float, high: float, first: float, last: float) -> float:
-        position = torch.tensor([value, low, high], dtype=torch.float64).log()
-        return first + ((position[0] - position[1]) / (position[2] - position[1])).item() * (last - first)
-
-    def across(x: float) -> float:
-        return place(x, x_low, x_high, LEFT, WIDTH - RIGHT)
-
-    def down(y: float) -> float:
-        return place(y, y_low, y_high, HEIGHT - BOTTOM, TOP)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        f'font-size="12" fill="#333" role="img"><rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>'
-    ]
-    for tick in (10.0**e * m for e in range(-8, 2) for m in (1, 2, 5)):
-        if y_low <= tick <= y_high:
-            parts.append(f'<path stroke="#ddd" d="M{LEFT} {down(tick):.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{down(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in (5, 6, 8, 10, 15, 20, 30, 50, 100):
-        if x_low <= tick <= x_high:
-            parts.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick}</text>')
-    for solver, line in points.items():
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line)
-        parts.append(f'<polyline fill="none" stroke="{COLOURS[solver]}" stroke-width="2" points="{path}"/>')
-        parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" fill="{COLOURS[solver]}"/>' for x, y in line]
-        x, y = line[-1]
-        parts.append(f'<text x="{across(x) + 8:.1f}" y="{down(y) + 4:.1f}" fill="{COLOURS[solver]}">{solver}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">denoiser evaluations per image</text>')
-    turned = f'transform="rotate(-90 14 {HEIGHT / 2:g})"'
-    parts.append(f'<text {turned} x="14" y="{HEIGHT / 2:g}" text-anchor="middle">RMS distance to 1,000 steps</text>')
-    return "".join(parts) + "</svg>\n"
+    series = [Series(name, COLOURS[name], list(values.items())) for name, values in result["distances"].items()]
+    labels = {"x_label": "denoiser evaluations per image", "y_label": "RMS distance to 1,000 steps"}
+    return picture([logarithmic_chart(series, **labels, x_ticks=(5, 6, 8, 10, 15, 20, 30, 50, 100))])
 
 
 def write_page(page: Path, result: dict[str, Any]) -> None:
     """Puts the table between the page's two marks and the chart into ``images/solvers.svg`` beside it."""
-    pattern = re.compile(r"(<!-- solvers: begin -->\n).*?(<!-- solvers: end -->)", flags=re.DOTALL)
-    text, found = pattern.subn(lambda marks: f"{marks[1]}{table(result)}\n{marks[2]}", page.read_text(encoding="utf-8"))
-    if found != 1:
-        raise SystemExit(f"Expected one place for the table in {page}, found {found}.")
-    page.write_text(text, encoding="utf-8")
+    write_between(page, "solvers", table(result))
     (page.parent / "images" / "solvers.svg").write_text(chart(result), encoding="utf-8")
 
 

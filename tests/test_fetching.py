@@ -58,7 +58,7 @@ def closed_port() -> str:
 
 
 def fetch(path: Path, urls: list[str]) -> Path:
-    return fetch_file(path, urls, SHA256, num_bytes=len(CONTENT), remedy="put it there yourself.")
+    return fetch_file(path, urls, f"sha256:{SHA256}", max_bytes=len(CONTENT), remedy="put it there yourself.")
 
 
 def test_mirrors_are_tried_until_the_checksum_fits(mirrors: Mirrors, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_no_right_mirror_is_one_line_and_no_file(mirrors: Mirrors, tmp_path: Pat
         fetch(tmp_path / "file.pt", urls)
     message = str(caught.value)
     assert "\n" not in message
-    for part in (*urls, "refused", "Not Found", f"expected SHA-256 {SHA256}", "got more", "put it there yourself."):
+    for part in (*urls, "refused", "Not Found", f"expected SHA256 {SHA256}", "got more", "put it there yourself."):
         assert part in message
     assert list(tmp_path.iterdir()) == []
 

@@ -16,17 +16,29 @@ ROOMS = ("diffusion", "privacy", "data", "evaluation")
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("synthesize",),
-    ("evaluate",),
+    ("synthesize", "audit"),
+    ("evaluate", "verify"),
+    ("statement",),
     ("train", "release"),
-    ("monitor",),
+    ("monitor", "released_files"),
     ("generate", "run", "fidelity"),
     ("checkpoint", "reference_checkpoint", "warmup", "plan"),
     ("account", "config", "launch", "recipes"),
     ROOMS,
-    ("device", "workdir", "distributed", "fetching", "progress", "reference", "files", "errors", "__init__"),
+    (
+        "device",
+        "workdir",
+        "distributed",
+        "fetching",
+        "progress",
+        "reference",
+        "files",
+        "untrusted",
+        "errors",
+        "__init__",
+    ),
 )
-BASE = {"distributed", "errors", "fetching", "files", "progress"}  # what a room may import beside itself
+BASE = {"distributed", "errors", "fetching", "files", "progress", "untrusted"}  # what a room may import beside itself
 # Within the last row; __init__ imports release only when load_denoiser is asked for.
 WITHIN_LAST = {
     "workdir": {"errors"},
@@ -46,8 +58,11 @@ WITHOUT_TORCH = (
     "cli",
     "launch",
     "privacy/accounting",
+    "privacy/auditing",
     "privacy/ledger",
+    "privacy/second_accountant",
     "reference",
+    "untrusted",
 )
 
 

@@ -18,7 +18,7 @@ from dpdm.config import build_denoiser
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import Guarantee
 from dpdm.reference_checkpoint import original_names
-from dpdm.release import verify
+from dpdm.verify import verify
 
 CONFIG = """
 data: {name: squares, num_channels: 1, resolution: 8, n_classes: 3}
@@ -168,10 +168,10 @@ def forged(converted: Path, tmp_path: Path) -> Path:
 
 
 def test_a_claim_is_never_verified(forged: Path) -> None:
-    _, problems = verify(forged)
+    problems = verify(forged).problems
     assert any("cannot be recomputed" in problem for problem in problems)
     (forged / "README.md").write_text("another")
-    assert any("README.md differs" in problem for problem in verify(forged)[1])
+    assert any("README.md differs" in problem for problem in verify(forged).problems)
 
 
 def test_a_claim_is_not_shown_as_a_guarantee(forged: Path, converted: Path) -> None:

@@ -16,7 +16,8 @@ from dpdm.data.archive import ArchiveWriter
 from dpdm.errors import InputError, RunError
 from dpdm.privacy.accounting import epsilon_spent
 from dpdm.privacy.ledger import Ledger
-from dpdm.release import load_config, load_denoiser, make_release, verify
+from dpdm.release import load_config, load_denoiser, make_release
+from dpdm.verify import verify
 from dpdm.workdir import Workdir
 
 SECRET_SEED = 5_553_217
@@ -62,8 +63,9 @@ def workdir(finished: Workdir, tmp_path: Path) -> Workdir:
 def test_a_release_holds_the_allow_list_and_is_consistent(workdir: Workdir) -> None:
     release = make_release(workdir)
     assert {p.name for p in release.iterdir()} == {"model.safetensors", "config.json", "privacy.json", "README.md"}
-    statement, problems = verify(release)
-    assert problems == []
+    found = verify(release)
+    statement = found.statement
+    assert found.problems == []
     assert set(statement["files"]) == {"model.safetensors", "config.json", "README.md"}
 
 
@@ -83,7 +85,7 @@ def test_the_weights_are_the_moving_average_and_nothing_else(workdir: Workdir) -
 
 
 def test_the_statement_tells_all_that_was_bought(workdir: Workdir) -> None:
-    statement, _ = verify(make_release(workdir))
+    statement = json.loads((make_release(workdir) / "privacy.json").read_text(encoding="utf-8"))
     bought = Ledger(workdir.ledger).mechanisms()
     assert statement["mechanisms"] == [m.as_dict() for m in bought]
     assert {(m.name, m.sampling_rate, m.noise_multiplier, m.num_steps) for m in bought} == {
@@ -212,7 +214,7 @@ def test_verify_names_what_does_not_fit(
         content = path.read_text()
         assert old in content
         path.write_text(content.replace(old, new))
-    _, problems = verify(release)
+    problems = verify(release).problems
     assert any(problem in found for found in problems), problems
 
 
@@ -221,7 +223,7 @@ def test_weights_with_another_hash_are_named(workdir: Workdir) -> None:
     content = bytearray((release / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (release / "model.safetensors").write_bytes(content)
-    assert verify(release)[1] == ["model.safetensors differs from the statement's hash"]
+    assert verify(release).problems == ["model.safetensors differs from the statement's hash"]
 
 
 def test_what_is_no_release_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dpdm.progress import speaks
 from dpdm.workdir import Workdir, check_folder
 
 if TYPE_CHECKING:
+    from dpdm.audit import RunAudit, StepAudit
     from dpdm.data.transforms import Resolution, Transform
 
 PATH = click.Path(path_type=Path)
@@ -374,28 +375,152 @@ def evaluate(
         print(json.dumps(result) if as_json else text(result))
 
 
-@app.command(short_help="Check a release against its own statement.")
-@click.argument("release", type=PATH)
-def verify(release: Path) -> None:
-    """Check a release against its own statement: files, hashes, epsilon. It cannot prove how training was done."""
-    from dpdm.evaluation.guarantee import round_up
-    from dpdm.release import verify as verify_release
+@app.group(subcommand_metavar="step|run", short_help="Attack the code: epsilon is at least so much.")
+def audit() -> None:
+    """Attack the real code and report the epsilon that the attack proves, to hold against the claimed one.
 
-    statement, problems = verify_release(release)
-    for problem in problems:
+    A bound above the claim proves an error, and the exit status is 1; one below it proves nothing. No private image is
+    read.
+    """
+
+
+def audit_options(command: Command) -> Command:
+    command = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")(command)
+    return click.option(
+        "--confidence", type=float, default=0.95, show_default=True, help="Probability that the bounds are right."
+    )(command)
+
+
+@audit.command(
+    "step",
+    short_help="One step, many times, with and without a canary.",
+    epilog="Example: dpdm audit step --epsilon 1, or a run's own step: dpdm audit step --dataset-size 60000 "
+    "--config configs/mnist_28/train_eps_10.0.yaml",
+)
+@click.option("--epsilon", type=float, help="Claimed of the step; default: 4.")
+@click.option("--sampling-rate", type=float, help="Of its Poisson batch; default: 1.")
+@click.option("--delta", type=float, help="Default: 1e-5.")
+@click.option("--dataset-size", type=int, help="N of a config's run, which then gives these three.")
+@click.option("--trials", type=int, default=5000, show_default=True, help="Steps with the canary, and as many without.")
+@audit_options
+@config_options
+def audit_step_command(
+    epsilon: float | None,
+    sampling_rate: float | None,
+    delta: float | None,
+    dataset_size: int | None,
+    trials: int,
+    confidence: float,
+    as_json: bool,
+    config: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    """Run training's own step many times with a canary and many times without, on a small network, and tell them apart.
+
+    The claim to be tested is --epsilon, or with a config what its plan for --dataset-size images gives each step.
+    """
+    from dpdm import config as configs
+    from dpdm.audit import StepClaim, audit_step
+
+    files, overrides = _split(config, words)
+    if not (files or overrides):
+        if dataset_size is not None:
+            raise InputError("Expected a config with --dataset-size, got none: give --config, or --epsilon instead.")
+        claim = StepClaim.of_epsilon(
+            4.0 if epsilon is None else epsilon,
+            delta=1e-5 if delta is None else delta,
+            sampling_rate=1.0 if sampling_rate is None else sampling_rate,
+        )
+    elif dataset_size is None or (epsilon, sampling_rate, delta) != (None, None, None):
+        raise InputError(
+            "Expected --dataset-size and neither --epsilon, --sampling-rate nor --delta with a config, got others: "
+            "the config gives these."
+        )
+    else:
+        claim = StepClaim.of_run(configs.load(files, overrides), dataset_size)
+    _report(audit_step(claim, num_trials=trials, confidence=confidence), as_json)
+
+
+@audit.command(
+    "run",
+    short_help="One training run with many canaries.",
+    epilog="Example: dpdm audit run -- dp.epsilon=4, or dpdm audit run --config configs/mnist_28/train_eps_10.0.yaml "
+    "-- data.path=mnist",
+)
+@click.option("--canaries", type=int, default=1000, show_default=True, help="Of which a fair coin leaves half away.")
+@click.option("--public", is_flag=True, help="Everybody may see the images at data.path.")
+@audit_options
+@config_options
+def audit_run_command(
+    canaries: int, public: bool, confidence: float, as_json: bool, config: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    """Train once on public images and many canaries, and guess from the noisy gradients which canaries took part.
+
+    Without a config: the recipe for the digits at dp.epsilon=10. Images at data.path must be a data set that is known
+    by name, or --public: training on private ones once more would have to be charged. Nothing is kept.
+    """
+    from dpdm import config as configs
+    from dpdm.audit import audit_run, default_run_config
+
+    files, overrides = _split(config, words)
+    asked = configs.load(files, overrides) if files else default_run_config(overrides)
+    _report(audit_run(asked, num_canaries=canaries, confidence=confidence, data_is_public=public), as_json)
+
+
+def _report(found: "StepAudit | RunAudit", as_json: bool) -> None:
+    from dpdm.audit import check
+
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        for name, value in found.as_dict().items():
+            print(f"{name:31} {value:.6g}" if isinstance(value, float) else f"{name:31} {value}")
+    check(found)
+
+
+@app.command(
+    short_help="Check a release against its own statement.",
+    epilog="Example: dpdm verify runs/mine/release > statement.txt; for the images' owner: dpdm verify "
+    "runs/mine/release --against runs/mine/private/train.zip",
+)
+@click.argument("release", type=PATH)
+@click.option("--images", type=PATH, metavar="PATH", help="Synthetic images elsewhere than beside RELEASE.")
+@click.option("--against", type=PATH, metavar="ARCHIVE", help="Training images: look for copies of them; private.")
+def verify(release: Path, images: Path | None, against: Path | None) -> None:
+    """Check a release against its own statement and print the statement on one page.
+
+    Two accountants recompute epsilon; every file, the synthetic images beside RELEASE included, must hold what a
+    release holds and nothing else. It cannot prove how training was done. With --against the synthetic images are also
+    compared with the training images; what that finds goes to standard error and is private.
+    """
+    from dpdm import verify as checks
+    from dpdm.evaluation.copies import describe
+
+    found = checks.verify(release, images)
+    for problem in found.problems:
         print(f"dpdm: {release}: {problem}", file=sys.stderr)
-    if problems:
-        what = "does not agree with its own statement" if statement["mechanisms"] else "gives no verifiable guarantee"
+    if not found.problems:
+        print(checks.page(found))
+    copies = None if against is None else checks.against(release, against, images)
+    if copies is not None:
+        print("\n".join(describe(copies)), file=sys.stderr)
+    if found.problems:
+        guaranteed = found.statement["mechanisms"]
+        what = "does not agree with its own statement" if guaranteed else "gives no verifiable guarantee"
         raise RunError(f"{release} {what}.")
-    print(
-        f"{release} is consistent: epsilon {round_up(statement['epsilon'])} at delta {statement['delta']:g}, "
-        f"{statement['adjacency']}. That training followed the statement cannot be proved from here."
-    )
+    if copies is not None and copies.copies:
+        raise RunError(f"{copies.copies} of the synthetic images are copies of training images: do not share them.")
 
 
 def main() -> None:
     """Runs the command line and exits."""
-    sys.exit(run_command(sys.argv[1:]))
+    status = run_command(sys.argv[1:])
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Of several processes one that tidied up its threads would now and then abort with all its work done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def run_command(arguments: list[str]) -> int:

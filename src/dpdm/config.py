@@ -168,11 +168,14 @@ class SetupConfig:
     device: auto takes a GPU if there is one.
     num_threads: of the CPU, for each process; None: all cores.
     n_gpus_per_node: processes on this machine, which share each step out; see also torchrun.
+    precision: of the network in training: float32, or bf16 by torch.autocast; auto is bf16 on a GPU that has it.
+        Clipping, sums, noise and weights are not affected.
     """
 
     device: str = "auto"
     num_threads: int | None = None
     n_gpus_per_node: int = 1
+    precision: Literal["auto", "float32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
         if self.n_gpus_per_node < 1:

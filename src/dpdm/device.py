@@ -1,12 +1,16 @@
 """The machine that a run is on: its device, and everything that the rounding of a computation may depend on."""
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
 import secrets
+import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,6 +18,8 @@ from dpdm import distributed
 from dpdm.errors import InputError
 
 LIBRARIES = ("dpdm", "torch", "numpy", "cryptography", "dp-accounting")
+Precision = Literal["auto", "float32", "bf16"]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ROUNDING_VARIABLES = ("ATEN_", "ONEDNN_", "DNNL_", "MKL_", "OMP_", "CUBLAS_", "CUDNN_", "NVIDIA_", "TORCH_")
 
 
@@ -55,6 +61,30 @@ def use_full_precision() -> None:
     """Turns TF32 off: it rounds to 10 bits, far more coarsely than the bound on the sensitivity allows for."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def use_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether the network computes its steps in bfloat16, with float32 weights; auto: on a GPU that has it.
+
+    On a CPU only if asked for: it is faster with AVX512-BF16 alone, on which a run's course should not depend.
+    """
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16"
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep the memory that it frees, for its next step; glibc gives large blocks back at once.
+
+    A step frees and asks again for some hundred MB, and the system would clear each page anew: 5 % of a step's time
+    (docs/performance.md). Elsewhere than with glibc this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def execution(device: torch.device) -> str:

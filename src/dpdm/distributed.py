@@ -59,7 +59,9 @@ def processes() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        # Gloo's threads now and then abort a process that takes its group down: they end with the process (cli.main).
+        if torch.cuda.is_available():
+            dist.destroy_process_group()
 
 
 def on_main(function: Callable[[], T]) -> T:

@@ -19,7 +19,15 @@ from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive, is_archive
 from dpdm.data.prepare import prepare
-from dpdm.device import environment, execution, pick_device, total_memory, use_full_precision
+from dpdm.device import (
+    environment,
+    execution,
+    keep_freed_memory,
+    pick_device,
+    total_memory,
+    use_bf16,
+    use_full_precision,
+)
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError
 from dpdm.files import write_text
@@ -44,6 +52,11 @@ class Run:
     device: torch.device
     data_fingerprint: str
     physical_batch_size: int
+
+    def autocast(self) -> torch.autocast:
+        """Returns the context in which the network computes a step; clipping, sums and noise are in float64."""
+        bf16 = use_bf16(self.config.setup.precision, self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
 
 @dataclass
@@ -72,7 +85,8 @@ class Books:
         what = what[:2] if seeded else what
         context: tuple[str | int, ...] = (self.run.data_fingerprint, configs.run_hash(config), *what)
         if what[0] == "DP-SGD" and not seeded:
-            context = (*context, self.execution, self.run.physical_batch_size)
+            bf16 = int(use_bf16(config.setup.precision, self.run.device))
+            context = (*context, self.execution, self.run.physical_batch_size, bf16)
         return noise.derive_key(self.key, "identity", *context).hex(), noise.derive_key(
             self.key, "randomness", *context
         )
@@ -145,6 +159,8 @@ def _join(
 def _set_up(config: Config) -> torch.device:
     device = pick_device(config.setup.device)
     use_full_precision()
+    if device.type == "cpu":
+        keep_freed_memory()
     # More threads than cores wait for each other; a config may come from a larger machine.
     torch.set_num_threads(min(config.setup.num_threads or torch.get_num_threads(), os.cpu_count() or 1))
     return device

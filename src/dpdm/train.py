@@ -29,6 +29,7 @@ from dpdm.errors import RunError
 from dpdm.monitor import Monitor
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
+from dpdm.privacy.draws import record_draws
 from dpdm.privacy.poisson import poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
@@ -130,7 +131,8 @@ def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> 
     batch = poisson_sample(keys.batch, run.plan.dataset_size, run.plan.sampling_rate)
 
     def loss(records: np.ndarray) -> Tensor:
-        return example_losses(run.denoiser, run.archive, records, run.config.loss, key=keys.diffusion)
+        with run.autocast():
+            return example_losses(run.denoiser, run.archive, records, run.config.loss, key=keys.diffusion)
 
     return private_gradient(
         parameters,
@@ -141,6 +143,7 @@ def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> 
         expected_batch_size=run.plan.expected_batch_size,
         physical_batch_size=run.physical_batch_size,
         noise_key=keys.noise,
+        secure_noise=run.config.dp.secure_noise,
     )
 
 
@@ -154,17 +157,18 @@ def example_losses(
     device = next(denoiser.parameters()).device
     pixels = archive.read(records)
     draws, shape = config.noise_multiplicity, pixels.shape[1:]
-    uniform, normal = noise.record_draws(key, records.tolist(), 2 * draws, draws * pixels[0].size)
-    u = torch.from_numpy(uniform).view(len(records), 2, draws).permute(1, 2, 0)  # (2, K, B)
+    rows = torch.from_numpy(records).to(device)
+    uniform, normal = record_draws(key, rows, 2 * draws, draws * pixels[0].size)
+    u = uniform.view(len(records), 2, draws).permute(1, 2, 0)  # (2, K, B)
     images = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
     conditional = denoiser.network.num_classes > 0 and archive.labels is not None
     return diffusion_loss(
         denoiser,
         images,
         torch.from_numpy(archive.labels[records]).to(device) if conditional and archive.labels is not None else None,
-        sigma=noise_level(config, denoiser.kind, u[0]).float().to(device),
-        noise=torch.from_numpy(normal.astype(np.float32)).to(device).view(len(records), draws, *shape).transpose(0, 1),
-        drop_label=(u[1] < config.label_dropout).to(device),
+        sigma=noise_level(config, denoiser.kind, u[0]).float(),
+        noise=normal.view(len(records), draws, *shape).transpose(0, 1),
+        drop_label=u[1] < config.label_dropout,
         kind=config.type,
     )
 

@@ -198,8 +198,8 @@ def test_another_or_damaged_tar_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_name_fetches_the_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fetch_file(path: Path, urls: tuple[str, ...], sha256: str, *, num_bytes: int, remedy: str) -> Path:
-        asked.append(SimpleNamespace(path=path, urls=urls, sha256=sha256, num_bytes=num_bytes, remedy=remedy))
+    def fetch_file(path: Path, urls: tuple[str, ...], checksum: str, *, max_bytes: int, remedy: str) -> Path:
+        asked.append(SimpleNamespace(path=path, urls=urls, checksum=checksum, max_bytes=max_bytes, remedy=remedy))
         path.parent.mkdir()
         return tar(path, files())
 
@@ -208,6 +208,6 @@ def test_the_name_fetches_the_published_file(tmp_path: Path, monkeypatch: pytest
     (request,) = asked
     assert request.path == tmp_path / "cifar10/cifar-10-python.tar.gz"
     assert request.urls == ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",)
-    assert request.sha256 == "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
-    assert request.num_bytes == 170498071
+    assert request.checksum == "sha256:6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+    assert request.max_bytes == 170498071
     assert "cifar-10-python.tar.gz" in request.remedy

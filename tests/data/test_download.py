@@ -103,8 +103,8 @@ def test_offline_is_one_line_with_the_way_round(tmp_path: Path, mirrors: Mirrors
 
 
 def test_an_endless_mirror_is_left(tmp_path: Path, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "MAX_DOWNLOAD_BYTES", 20)
-    with pytest.raises(RunError, match="expected MD5"):
+    monkeypatch.setattr(download, "MAX_IDX_BYTES", 20)
+    with pytest.raises(RunError, match="expected at most 20 bytes, got more"):
         fetch("toy", Published((mirrors.url("good"),), MD5, ("a",)), tmp_path)
 
 

@@ -72,7 +72,7 @@ def test_a_forged_inception_is_not_opened(
     tiny_inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inception, "INCEPTION_URLS", (tiny_inception_file.as_uri(),))
-    with pytest.raises(RunError, match=f"expected SHA-256 {inception.INCEPTION_SHA256}.* path as the extractor"):
+    with pytest.raises(RunError, match=f"expected SHA256 {inception.INCEPTION_SHA256}.* path as the extractor"):
         open_extractor("inception", RGB, cache_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -47,9 +47,9 @@ def losses(network: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 def test_whole_network_against_a_loop(num_examples: int, draws: int) -> None:
     network, x, labels = network_and_data(num_examples, draws)
     parameters = dict(network.named_parameters())
-    with per_example(parameters, num_examples) as leaves:
+    with per_example(parameters, num_examples) as collector:
         loss = losses(network, x, labels)
-    grads = torch.autograd.grad(loss.sum(), leaves)
+    grads = collector.of(loss.sum())
     for b in range(num_examples):
         alone = losses(network, x[:, b : b + 1], labels[:, b : b + 1])
         assert torch.allclose(loss[b], alone[0])
@@ -64,9 +64,9 @@ def test_one_example_does_not_move_another() -> None:
     parameters = dict(network.named_parameters())
 
     def grads(images: Tensor) -> list[Tensor]:
-        with per_example(parameters, 3) as leaves:
+        with per_example(parameters, 3) as collector:
             loss = losses(network, images, labels)
-        return list(torch.autograd.grad(loss.sum(), leaves))
+        return collector.of(loss.sum())
 
     before = grads(x)
     x[:, 1] += 10.0
@@ -121,7 +121,7 @@ def test_any_other_use_of_a_parameter_is_refused(use) -> None:
 
 def test_a_batch_that_is_no_multiple_of_the_examples_is_refused() -> None:
     layer = nn.Linear(3, 3)
-    with per_example(dict(layer.named_parameters()), 2) as leaves:
+    with per_example(dict(layer.named_parameters()), 2) as collector:
         loss = layer(torch.randn(5, 3)).sum()
     with pytest.raises(ValueError, match="multiple of 2"):
-        torch.autograd.grad(loss, leaves)
+        collector.of(loss)

@@ -60,13 +60,3 @@ def test_extreme_words_stay_finite() -> None:
     uniform = noise.to_uniform(extremes)
     assert uniform.min() > 0
     assert uniform.max() < 1
-
-
-def test_draws_of_a_record_do_not_depend_on_its_company() -> None:
-    uniform, normal = noise.record_draws(KEY, [3, 8, 21], 4, 7)
-    alone = noise.record_draws(KEY, [8], 4, 7)
-    assert np.array_equal(uniform[1:2], alone[0])
-    assert np.array_equal(normal[1:2], alone[1])
-    assert normal.shape == (3, 7)
-    assert not np.intersect1d(normal[0], normal[1]).size
-    assert not np.array_equal(uniform, noise.record_draws(noise.derive_key(KEY, "other"), [3, 8, 21], 4, 7)[0])

@@ -1,23 +1,16 @@
 """Fetching published data sets into a cache, checked against their published checksums."""
 
-import hashlib
-import http.client
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpdm.errors import InputError, RunError
-from dpdm.fetching import TIMEOUT_SECONDS, fetch_file
-from dpdm.files import atomic_path
-from dpdm.progress import Progress
+from dpdm.fetching import fetch_file
 
-MAX_DOWNLOAD_BYTES = 64 * 2**20  # the largest file has 26 MB; a mirror that sends more is not a mirror
+MAX_IDX_BYTES = 64 * 2**20  # the largest file has 26 MB; a mirror that sends more is not a mirror
 CIFAR10 = "cifar10"
 CIFAR10_FILE = "cifar-10-python.tar.gz"
 CIFAR10_MIRRORS = ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",)
 # Its page publishes the MD5 c58f30108f718f92721af3b95e74349a; this is the SHA-256 that Keras checks.
-CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+CIFAR10_CHECKSUM = "sha256:6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_BYTES = 170_498_071
 FILE_NAMES = (
     "train-images-idx3-ubyte.gz",
@@ -33,8 +26,7 @@ class Published:
 
     Attributes:
         mirrors: addresses of folders, tried in order.
-        md5: checksums in the order of ``FILE_NAMES``, as published. They detect damage and a wrong file; MD5
-            does not withstand somebody who forges a file on purpose, and nothing else is published.
+        md5: checksums in the order of ``FILE_NAMES``; nothing stronger is published.
         class_names: in the order of the labels.
     """
 
@@ -92,28 +84,10 @@ def fetch(name: str, data_set: Published, folder: Path) -> Path:
         RunError: in one line with every mirror's failure and the way round, if no mirror gives the right
             file.
     """
-    missing = [
-        (file, md5) for file, md5 in zip(FILE_NAMES, data_set.md5, strict=True) if not _is_right(folder / file, md5)
-    ]
-    if not missing:
-        return folder
-    with Progress(f"download {name}", len(missing), unit="files") as progress:
-        for file, md5 in missing:
-            failures = []
-            for mirror in data_set.mirrors:
-                try:
-                    content = _download(mirror + file, md5)
-                except (OSError, http.client.HTTPException, InputError) as error:
-                    failures.append(f"{mirror}: {getattr(error, 'reason', None) or error}")
-                    continue
-                _save(folder / file, content)
-                break
-            else:
-                raise RunError(
-                    f"Cannot download {file} of {name} ({'; '.join(failures)}): put "
-                    f"{', '.join(FILE_NAMES)} into a folder and give that folder as the source."
-                )
-            progress.advance()
+    remedy = f"of {name}, put {', '.join(FILE_NAMES)} into a folder and give that folder as the source."
+    for file, md5 in zip(FILE_NAMES, data_set.md5, strict=True):
+        urls = [mirror + file for mirror in data_set.mirrors]
+        fetch_file(folder / file, urls, f"md5:{md5}", max_bytes=MAX_IDX_BYTES, remedy=remedy)
     return folder
 
 
@@ -125,28 +99,4 @@ def fetch_cifar10(folder: Path) -> Path:
     """
     remedy = f"download {CIFAR10_FILE} elsewhere and give its path as the source."
     path = folder / CIFAR10_FILE
-    return fetch_file(path, CIFAR10_MIRRORS, CIFAR10_SHA256, num_bytes=CIFAR10_BYTES, remedy=remedy)
-
-
-def _download(url: str, md5: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "dpdm"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-        content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise InputError(f"expected MD5 {md5}, got {found}")
-    return content
-
-
-def _save(path: Path, content: bytes) -> None:
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise RunError(f"Cannot write {path}: {error}.") from error
-
-
-def _is_right(path: Path, md5: str) -> bool:
-    if not path.is_file():
-        return False
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == md5
+    return fetch_file(path, CIFAR10_MIRRORS, CIFAR10_CHECKSUM, max_bytes=CIFAR10_BYTES, remedy=remedy)

@@ -29,6 +29,7 @@ from dpdm.evaluation.classifier_networks import (
     perceptron,
     wide_resnet,
 )
+from dpdm.evaluation.features import image_tensor
 from dpdm.progress import Progress
 
 MAX_HELD_OUT = 5000
@@ -321,9 +322,7 @@ def _accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray, device
 
 
 def _to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
-    # A fresh tensor: strides of the array would choose other kernels, which round otherwise.
-    pixels = torch.empty(images.shape, device=device).copy_(torch.tensor(np.ascontiguousarray(images)))
-    return pixels / 127.5 - 1
+    return image_tensor(images, device).float() / 127.5 - 1
 
 
 def _note(recipe: Recipe, epochs: int, num_train: int) -> str:

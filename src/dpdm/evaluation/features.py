@@ -147,9 +147,14 @@ def extract(extractor: Extractor, images: np.ndarray) -> np.ndarray:
     size = extractor.batch_size
     with torch.no_grad(), _one_thread() if extractor.one_thread else nullcontext():
         for start in range(0, len(images), size):
-            batch = torch.tensor(images[start : start + size], device=extractor.device)
+            batch = image_tensor(images[start : start + size], extractor.device)
             features[start : start + size] = extractor.module(batch).double().cpu().numpy()
     return features
+
+
+def image_tensor(images: np.ndarray, device: torch.device) -> Tensor:
+    """Returns a fresh tensor of an array: the array's strides would choose other kernels, which round otherwise."""
+    return torch.empty(images.shape, dtype=torch.uint8, device=device).copy_(torch.tensor(np.ascontiguousarray(images)))
 
 
 def within_class_variance(images: np.ndarray, labels: np.ndarray | None = None) -> float:
@@ -247,7 +252,7 @@ def _fit(
         # Sorted, because a set that streams from the disk is read faster in order.
         batch, order = np.sort(order[:TRAIN_BATCH]), order[TRAIN_BATCH:]
         target = torch.from_numpy(labels[batch].astype(np.int64)).to(device)
-        loss = nn.functional.cross_entropy(classifier(torch.tensor(images[batch], device=device)), target)
+        loss = nn.functional.cross_entropy(classifier(image_tensor(images[batch], device)), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

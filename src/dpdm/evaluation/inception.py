@@ -155,8 +155,8 @@ def _fetch(cache_dir: Path | None) -> Path:
     return fetch_file(
         (cache_dir or DEFAULT_CACHE.expanduser()) / INCEPTION_FILE,
         INCEPTION_URLS,
-        INCEPTION_SHA256,
-        num_bytes=INCEPTION_BYTES,
+        f"sha256:{INCEPTION_SHA256}",
+        max_bytes=INCEPTION_BYTES,
         remedy=f"get {INCEPTION_FILE} in another way and give its path as the extractor.",
     )
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from dpdm.errors import InputError
 from dpdm.privacy.accounting import Mechanism
-from dpdm.privacy.noise import derive_key, gaussian_noise, random_words
+from dpdm.privacy.discrete import secure_gaussian
+from dpdm.privacy.noise import derive_key, random_words
 
 GRID = 2.0**40
 LARGEST_DATASET = 2**22  # so many vectors in [0, 1], in units of the grid, fit 63 bits
@@ -116,8 +117,10 @@ def noisy_class_means(
         start += len(piece)
     if sums is None or start != dataset_size:
         raise ValueError(f"Expected {dataset_size} images, got {start}.")
-    noise = gaussian_noise(derive_key(key, "noise"), sums.size).reshape(sums.shape)
-    return (sums / GRID + noise_multiplier * clipping_norm * noise) / (dataset_size / num_cells)
+    noisy = secure_gaussian(
+        sums / GRID, sensitivity=clipping_norm, noise_multiplier=noise_multiplier, key=derive_key(key, "noise")
+    )
+    return noisy / (dataset_size / num_cells)
 
 
 def default_clipping_norm(num_pixels: int) -> float:

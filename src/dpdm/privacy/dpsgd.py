@@ -15,20 +15,25 @@ from torch import Tensor
 
 from dpdm import distributed
 from dpdm.errors import InputError
+from dpdm.privacy.discrete import secure_gaussian
 from dpdm.privacy.layers import per_example
 from dpdm.privacy.noise import gaussian_noise
 from dpdm.privacy.poisson import physical_batches
 
 # What float arithmetic can add to the sensitivity, relative. Gradients are scaled to norm C / (1 + TAU), so that the
-# sensitivity of what is *computed* is at most C. Contributions, as multiples of the unit roundoffs u32 = 2^-24 and
-# u64 = 2^-53, for a batch of n examples and P parameters:
-#   norm in float64               P u64       < 1e-8 for P < 9e7
-#   scale and product in float32  3 u32       < 1.8e-7, if the scale is no denormal number: see LARGEST_RATIO
-#   summation in float64          2 n^2 u64   < 5e-7 for n < 47,000 (all roundings of both neighbouring sums)
+# sensitivity of what is *computed* is at most C. Norms, scaling and sums are computed in float64. Contributions, as
+# multiples of its unit roundoff u = 2^-53, for a batch of n examples and P parameters:
+#   norm                P u       < 1e-8 for P < 9e7
+#   scale and product   4 u
+#   summation           2 n^2 u   < 5e-7 for n < 47,000 (all roundings of both neighbouring sums)
+# None of it underflows: gradients are float32 or coarser, so that C / norm > 1e-30 / 1e43.
 TAU = 1e-6
 LARGEST_BATCH = 47_000
-LARGEST_RATIO = 2.0**125  # of norm to C: float32 holds C / norm in full precision down to 2^-126
-SMALLEST_CLIPPING_NORM = 1e-30  # products may be denormal numbers: sqrt(P) 2^-150 < 1e-7 C
+SMALLEST_CLIPPING_NORM = 1e-30
+# Numbers that are converted to float64 at a time: on a CPU few enough to stay in the cache, on a GPU to fit its memory.
+PIECE_CPU = 2**18
+SMALL = 2**12  # gradients of so few numbers an example are laid side by side: each operation has its price
+PIECE_GPU = 2**26
 
 PerExampleLoss = Callable[[np.ndarray], Tensor]
 
@@ -43,6 +48,8 @@ class DPConfig:
         delta: in (0, 1/N).
         clipping_norm: C, bound on one example's gradient, L2.
         selection: how the hyperparameters were chosen, for the statement.
+        secure_noise: noise in integers on a grid (see ``discrete``); false: float64 Gaussians, which are open to
+            attacks on the gaps between floats, and no faster.
         seed: makes the run reproducible by anybody, and so without any guarantee; for tests alone.
     """
 
@@ -51,6 +58,7 @@ class DPConfig:
     delta: float = 1e-5
     clipping_norm: float = 1.0
     selection: str = "by the user; a choice made by looking at the private images is not accounted for"
+    secure_noise: bool = True
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +103,7 @@ def private_gradient(
     expected_batch_size: int,
     physical_batch_size: int,
     noise_key: bytes | None,
+    secure_noise: bool = True,
 ) -> PrivateGradient:
     """Returns (sum of clipped per-example gradients + noise_multiplier C z) / expected_batch_size, z standard normal.
 
@@ -116,29 +125,28 @@ def private_gradient(
         expected_batch_size: q N.
         physical_batch_size: most examples in one forward pass; 1 needs the least memory.
         noise_key: of this step and purpose alone; needed on rank 0, which keeps it to itself.
+        secure_noise: see ``DPConfig``.
     """
     if len(batch) > LARGEST_BATCH:
         raise InputError(
             f"Expected a batch of at most {LARGEST_BATCH} images (rounding is bounded up to there), got more."
         )
-    sums = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in parameters.values()]
-    losses: list[Tensor] = []
-    norms: list[Tensor] = []
     own = distributed.share(len(batch))
-    for piece in physical_batches(batch[own.start : own.stop], physical_batch_size):
-        piece_losses, grads = per_example_gradients(parameters, loss, piece)
-        piece_sums, piece_norms = clip_and_sum(grads, clipping_norm)
-        for total, part in zip(sums, piece_sums, strict=True):
-            total += part
-        losses.append(piece_losses.double())
-        norms.append(piece_norms)
+    clipped = clipped_sum(
+        parameters,
+        loss,
+        batch[own.start : own.stop],
+        clipping_norm=clipping_norm,
+        physical_batch_size=physical_batch_size,
+    )
+    sums = clipped.sums
     distributed.sum_over_processes(sums)
     if distributed.is_main():
         if noise_key is None:
             raise ValueError("Expected noise_key on rank 0, got None.")
-        add_noise(sums, noise_multiplier * clipping_norm, noise_key)
+        add_noise(sums, clipping_norm, noise_multiplier, noise_key, secure=secure_noise)
     distributed.broadcast_tensors(sums)
-    all_losses, all_norms = _everybodys(losses), _everybodys(norms)
+    all_losses, all_norms = _everybodys(clipped.losses), _everybodys(clipped.norms)
     return PrivateGradient(
         [(total / expected_batch_size).float() for total in sums],
         batch_size=len(batch),
@@ -148,20 +156,64 @@ def private_gradient(
     )
 
 
-def add_noise(sums: Sequence[Tensor], standard_deviation: float, key: bytes) -> None:
-    """Adds independent Gaussian noise to every entry of ``sums``, float64, from one stream of ``key``."""
-    noise = gaussian_noise(key, sum(total.numel() for total in sums))
-    offset = 0
-    for total in sums:
-        part = torch.from_numpy(noise[offset : offset + total.numel()]).to(total.device).view(total.shape)
-        offset += total.numel()
-        total += standard_deviation * part
+def add_noise(
+    sums: Sequence[Tensor], sensitivity: float, noise_multiplier: float, key: bytes, *, secure: bool = True
+) -> None:
+    """Adds independent Gaussian noise to every entry of ``sums``, float64, from one stream of ``key``.
+
+    Its standard deviation is noise_multiplier * sensitivity, and up to 1e-6 more where it is ``secure``: then the sums
+    are rounded to a public grid first (``discrete``). Arithmetic is the CPU's, wherever the sums are.
+    """
+    flat = torch.cat([total.flatten() for total in sums]).cpu().numpy()
+    if secure:
+        noisy = secure_gaussian(flat, sensitivity=sensitivity, noise_multiplier=noise_multiplier, key=key)
+    else:
+        noisy = flat + noise_multiplier * sensitivity * gaussian_noise(key, flat.size)
+    for total, part in zip(sums, torch.from_numpy(noisy).split([total.numel() for total in sums]), strict=True):
+        total.copy_(part.view_as(total))
 
 
-def _everybodys(values: list[Tensor]) -> Tensor:
+def _everybodys(values: Tensor) -> Tensor:
     """Returns the values of all processes, in rank order, (n,) float64 on the CPU."""
-    own = torch.cat(values).cpu() if values else torch.zeros(0, dtype=torch.float64)
-    return torch.cat(distributed.gather(own))
+    return torch.cat(distributed.gather(values.cpu()))
+
+
+@dataclass(frozen=True)
+class ClippedSum:
+    """Sum of clipped per-example gradients, before any noise: *private*, all of it.
+
+    Attributes:
+        sums: one (*shape) float64 per parameter.
+        losses: of each example, (n,) float64.
+        norms: of each example's gradient before clipping, (n,) float64.
+    """
+
+    sums: list[Tensor]
+    losses: Tensor
+    norms: Tensor
+
+
+def clipped_sum(
+    parameters: Mapping[str, Tensor],
+    loss: PerExampleLoss,
+    records: np.ndarray,
+    *,
+    clipping_norm: float,
+    physical_batch_size: int,
+) -> ClippedSum:
+    """Returns the sum over ``records`` (n,), n >= 0, of gradients that are clipped one by one; see ``clip_and_sum``.
+
+    Arguments as of ``private_gradient``. The processes of a group each call it for their own share.
+    """
+    device = next(iter(parameters.values())).device
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    sums = [torch.zeros(p.shape, dtype=torch.float64, device=device) for p in parameters.values()]
+    losses, norms = [nothing], [nothing]
+    for piece in physical_batches(records, physical_batch_size):
+        piece_losses, grads = per_example_gradients(parameters, loss, piece)
+        losses.append(piece_losses.double())
+        norms.append(clip_and_sum(grads, clipping_norm, sums))
+    return ClippedSum(sums, torch.cat(losses), torch.cat(norms))
 
 
 def per_example_gradients(
@@ -169,29 +221,28 @@ def per_example_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns each record's loss (b,), detached, and each parameter's per-example gradients (b, *shape)."""
     with torch.enable_grad():
-        with per_example(parameters, len(records)) as leaves:
+        with per_example(parameters, len(records)) as collector:
             losses = loss(records)
         if losses.shape != (len(records),):
             raise ValueError(f"Expected one loss for each of {len(records)} examples, got shape {tuple(losses.shape)}.")
-        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
-    return losses.detach(), list(grads)
+        return losses.detach(), collector.of(losses.sum())
 
 
-def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float) -> tuple[list[Tensor], Tensor]:
-    """Returns the sum of gradients, each scaled to L2 norm at most C over all parameters together, and the norms.
+def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float, sums: Sequence[Tensor]) -> Tensor:
+    """Adds gradients to ``sums``, each scaled to L2 norm at most C over all parameters together; returns the norms.
 
-    sum_b g_b * min(1, C / ((1 + TAU) ||g_b||)).
+    sums += sum_b g_b * min(1, C / ((1 + TAU) ||g_b||)).
 
     Guarantee: adding or removing one example moves the computed sum by at most ``clipping_norm`` in L2 norm, float
-    rounding included (see TAU). An example whose gradient is not finite, or above 2^125 C, contributes zero.
+    rounding included (see TAU). An example whose gradient is not finite contributes zero.
 
     Args:
-        per_example_grads: one (b, *shape) per parameter, float32; overwritten. b may be 0.
+        per_example_grads: one (b, *shape) per parameter, of float32 or less; may be overwritten. b may be 0.
         clipping_norm: C >= 1e-30.
+        sums: one (*shape) float64 per parameter, to be divided by the expected, never the actual, batch size.
 
     Returns:
-        Sums, one (*shape) float64 per parameter, to be divided by the expected, never the actual, batch size; and the
-        norms before clipping, (b,) float64, which are private.
+        The norms before clipping, (b,) float64, which are private.
 
     Raises:
         ValueError: if ``clipping_norm`` is out of range.
@@ -199,16 +250,24 @@ def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float) -> t
     if not SMALLEST_CLIPPING_NORM <= clipping_norm < math.inf:
         raise ValueError(f"Expected {SMALLEST_CLIPPING_NORM} <= clipping_norm < inf, got {clipping_norm}.")
     flat = [g.reshape(len(g), -1) for g in per_example_grads]
-    squares = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for g in flat])
-    norms = squares.sum(0).sqrt()
-    scale = (clipping_norm / ((1 + TAU) * norms)).clamp(max=1.0).float()
-    usable = norms <= LARGEST_RATIO * clipping_norm  # not for NaN
-    if not bool(usable.all()):
-        for g in flat:  # 0 * inf would be NaN
-            g[~usable] = 0.0
-        scale[~usable] = 0.0
-    sums = [
-        g.mul_(scale[:, None]).sum(0, dtype=torch.float64).view(like.shape[1:])
-        for g, like in zip(flat, per_example_grads, strict=True)
-    ]
-    return sums, norms
+    small = [i for i, g in enumerate(flat) if g.shape[1] <= SMALL]
+    rows = [(sums[i].view(-1), g) for i, g in enumerate(flat) if g.shape[1] > SMALL]
+    sizes = [flat[i].shape[1] for i in small]
+    beside = sums[0].new_zeros(sum(sizes))
+    if small:
+        rows.append((beside, torch.cat([flat[i] for i in small], dim=1)))
+    squares = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for _, g in rows]
+    norms = torch.stack(squares).sum(0).sqrt()
+    scale = (clipping_norm / ((1 + TAU) * norms)).clamp(max=1.0)
+    usable = torch.isfinite(norms)
+    if norms.is_cuda or not bool(usable.all()):  # on a GPU to ask would be to wait
+        scale = torch.where(usable, scale, 0.0)
+        for _, g in rows:  # 0 * inf would be NaN
+            g.masked_fill_(~usable[:, None], 0.0)
+    for total, g in rows:
+        columns = max(1, (PIECE_GPU if g.is_cuda else PIECE_CPU) // max(1, len(g)))
+        for part, piece in zip(total.split(columns), g.split(columns, dim=1), strict=True):
+            part += scale @ piece.double()
+    for i, part in zip(small, beside.split(sizes), strict=True):
+        sums[i].add_(part.view_as(sums[i]))
+    return norms

@@ -1,9 +1,9 @@
 """Per-example gradients in one ordinary backward pass, for any network made of the layers below.
 
 Inside ``per_example(parameters, num_examples)`` each use of a parameter by ``conv2d``, ``linear``, ``group_norm`` or
-``embedding`` is given a copy per example (an expanded view: no memory), and a backward rule that returns the gradients
-of the copies, (B, *shape), in place of their sum. Any other use of a parameter is refused by name, so that no gradient
-can pass unclipped.
+``embedding`` is given a backward rule that computes the parameter's gradient for each example, (B, *shape), in place of
+their sum, and hands it to the collector. Any other use of a parameter is refused by name, so that no gradient can pass
+unclipped.
 
 The batch is *draw-major*: K draws of B examples lie at position k * B + b. A convolution's (K B, C, H, W) input is
 then, without a copy, a (K, B C, H, W) one, and the per-example weight gradient is the weight gradient of *one*
@@ -19,14 +19,54 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
+POINTWISE = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation with which a kernel of one pixel is a product
+FEW_CHANNELS = 4  # an image's own: products of patches then beat grouped convolutions
+
+
+class PerExampleGradients:
+    """Collects, while one backward pass goes through the network, each parameter's gradients, one per example."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], num_examples: int) -> None:
+        self.num_examples = num_examples
+        self._parameters = list(parameters.values())
+        self._found: dict[int, Tensor] = {}
+        # An input of every layer with a rule, so that autograd visits all of them; it has no gradient of its own.
+        device = self._parameters[0].device if self._parameters else None
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def of(self, loss: Tensor) -> list[Tensor]:
+        """Returns the gradients of a sum of per-example losses, (B, *shape) for each parameter, in order.
+
+        They have the type in which the layer computed, float32 or that of torch.autocast; a parameter that was not
+        used has zeros.
+        """
+        torch.autograd.grad(loss, self.anchor, allow_unused=True)
+        found = [self._found.get(id(p)) for p in self._parameters]
+        self._found = {}
+        return [
+            p.new_zeros(self.num_examples, *p.shape) if g is None else g
+            for p, g in zip(self._parameters, found, strict=True)
+        ]
+
+    def add(self, parameter: Tensor, gradients: Tensor) -> None:
+        """Takes what one use of ``parameter`` gave, (B, *shape)."""
+        before = self._found.get(id(parameter))
+        self._found[id(parameter)] = gradients if before is None else before + gradients
+
+    def num_draws(self, rows: int) -> int:
+        """Returns K for a batch axis of K B rows."""
+        if rows % self.num_examples:
+            raise ValueError(f"Expected the batch axis to be a multiple of {self.num_examples} examples, got {rows}.")
+        return rows // self.num_examples
+
 
 @contextmanager
-def per_example(parameters: Mapping[str, Tensor], num_examples: int) -> Iterator[list[Tensor]]:
-    """Yields one leaf (B, *shape) per parameter, in order: gradients with respect to it are per example.
+def per_example(parameters: Mapping[str, Tensor], num_examples: int) -> Iterator[PerExampleGradients]:
+    """Yields the collector of what a network inside computes: ``collector.of(losses.sum())`` are the gradients.
 
-    Guarantee: with a loss that is a sum of per-example losses, row b of a leaf's gradient is the gradient of example
-    b's own loss. Batch norm, instance norm and every use of a parameter by another way are refused. (A network that
-    mixes examples without a parameter, by ``x.mean(0)`` say, is not noticed here; ours is tested not to.)
+    Guarantee: with a loss that is a sum of per-example losses, row b of a parameter's gradients is the gradient of
+    example b's own loss. Batch norm, instance norm and every use of a parameter by another way are refused. (A network
+    that mixes examples without a parameter, by ``x.mean(0)`` say, is not noticed here; ours is tested not to.)
 
     Args:
         parameters: by name; those to be differentiated.
@@ -35,19 +75,17 @@ def per_example(parameters: Mapping[str, Tensor], num_examples: int) -> Iterator
     Raises:
         ValueError: from a use of a parameter that has no rule; it names the operation and the parameter.
     """
-    leaves = [p.detach().expand(num_examples, *p.shape).requires_grad_() for p in parameters.values()]
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    table = {id(parameter): leaf for parameter, leaf in zip(parameters.values(), leaves, strict=True)}
-    with _PerExampleMode(names, table):
-        yield leaves
+    collector = PerExampleGradients(parameters, num_examples)
+    with _PerExampleMode({id(parameter): name for name, parameter in parameters.items()}, collector):
+        yield collector
 
 
 class _PerExampleMode(TorchFunctionMode):
     """Sends the four layers to their per-example rules and refuses every other use of a parameter."""
 
-    def __init__(self, names: dict[int, str], leaves: dict[int, Tensor]) -> None:
+    def __init__(self, names: dict[int, str], collector: PerExampleGradients) -> None:
         super().__init__()
-        self._names, self._leaves = names, leaves
+        self._names, self._collector = names, collector
 
     def __torch_function__(
         self,
@@ -71,11 +109,11 @@ class _PerExampleMode(TorchFunctionMode):
                 f"Expected a per-example gradient rule for {resolve_name(func)}, which uses parameter "
                 f"{self._names[used[0]]}, got none: use conv2d, linear, group_norm or embedding."
             )
-        return RULES[func](self._leaves, *args, **kwargs)
+        return RULES[func](self._collector, *args, **kwargs)
 
 
 def _conv2d(
-    leaves: dict[int, Tensor],
+    collector: PerExampleGradients,
     input: Tensor,  # torch's own name, callers pass it by keyword
     weight: Tensor,
     bias: Tensor | None = None,
@@ -87,15 +125,15 @@ def _conv2d(
     pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in (stride, padding, dilation)]
     if groups != 1:
         raise ValueError(f"Expected conv2d with groups=1, got {groups}: no per-example rule is written for it.")
-    return _Conv2d.apply(input, leaves[id(weight)], _leaf(leaves, bias), *pairs)  # type: ignore[no-any-return]
+    return _Conv2d.apply(collector.anchor, _autocast(input), (weight, bias), tuple(pairs), collector)  # type: ignore
 
 
-def _linear(leaves: dict[int, Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _Linear.apply(input, leaves[id(weight)], _leaf(leaves, bias))  # type: ignore[no-any-return]
+def _linear(collector: PerExampleGradients, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _Linear.apply(collector.anchor, _autocast(input), (weight, bias), collector)  # type: ignore[no-any-return]
 
 
 def _group_norm(
-    leaves: dict[int, Tensor],
+    collector: PerExampleGradients,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -104,11 +142,11 @@ def _group_norm(
 ) -> Tensor:
     if weight is None or bias is None:
         raise ValueError("Expected group_norm with both weight and bias, or with neither.")
-    return _GroupNorm.apply(input, num_groups, leaves[id(weight)], leaves[id(bias)], eps)  # type: ignore[no-any-return]
+    return _GroupNorm.apply(collector.anchor, input, num_groups, (weight, bias), eps, collector)  # type: ignore
 
 
 def _embedding(
-    leaves: dict[int, Tensor],
+    collector: PerExampleGradients,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -119,132 +157,189 @@ def _embedding(
 ) -> Tensor:
     if max_norm is not None or scale_grad_by_freq or sparse or padding_idx is not None:
         raise ValueError("Expected a plain embedding (no padding_idx, max_norm, scale_grad_by_freq or sparse).")
-    return _Embedding.apply(input, leaves[id(weight)])  # type: ignore[no-any-return]
+    return _Embedding.apply(collector.anchor, input, (weight,), collector)  # type: ignore[no-any-return]
 
 
-def _leaf(leaves: dict[int, Tensor], parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else leaves[id(parameter)]
+def _autocast(x: Tensor) -> Tensor:
+    """Returns x in the type of torch.autocast where that is on, as torch does for these layers' own functions."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _num_draws(rows: int, num_examples: int) -> int:
-    if rows % num_examples:
-        raise ValueError(f"Expected the batch axis to be a multiple of {num_examples} examples, got {rows}.")
-    return rows // num_examples
+# The rules. Each is given the anchor first, which gets no gradient, and the parameters in a tuple, where autograd does
+# not look for inputs: their gradients go to the collector.
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, biases: Tensor | None, stride: Any, padding: Any, dilation: Any
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        parameters: tuple[Tensor, Tensor | None],
+        geometry: tuple[Any, Any, Any],
+        collector: PerExampleGradients,
     ) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        ctx.geometry = (stride, padding, dilation)
-        return F.conv2d(x, weights[0], None if biases is None else biases[0], stride, padding, dilation)
+        ctx.parameters, ctx.geometry, ctx.collector = parameters, geometry, collector
+        weight, bias = parameters
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        return F.conv2d(x, cast, None if bias is None else bias.to(x.dtype), *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weights = ctx.saved_tensors
-        num_examples, out_channels, in_channels = weights.shape[:3]
-        draws = _num_draws(len(x), num_examples)
+        x, cast = ctx.saved_tensors
+        (weight, bias), num_examples = ctx.parameters, ctx.collector.num_examples
+        draws = ctx.collector.num_draws(len(x))
         grad = grad.contiguous()
-        geometry = (*ctx.geometry, False, (0, 0))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(grad, x, weights[0], None, *geometry, 1, (True, False, False))[
-                0
-            ]
-        # One grouped convolution: draws are its batch, (example, channel) pairs its channels; only shapes of the
-        # weight are read.
-        grad_weights = torch.ops.aten.convolution_backward(
+        grad_x = _input_gradient(x, grad, cast, ctx.geometry) if ctx.needs_input_grad[1] else None
+        ctx.collector.add(weight, _weight_gradients(x, grad, (num_examples, *weight.shape), ctx.geometry))
+        if bias is not None:
+            ctx.collector.add(bias, grad.sum((2, 3)).view(draws, num_examples, -1).sum(0))
+        return None, grad_x, None, None, None
+
+
+def _input_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any]) -> Tensor:
+    """Returns a convolution's gradient with respect to its input, of x's shape and in the usual layout."""
+    # Only its shape and layout are read. Where x is channels_last the gradient would be, too, and cost copies later.
+    like = x if x.is_contiguous() else grad.new_empty(x.shape)
+    return torch.ops.aten.convolution_backward(
+        grad, like, weight, None, *geometry, False, (0, 0), 1, (True, False, False)
+    )[0]
+
+
+def _weight_gradients(x: Tensor, grad: Tensor, shape: tuple[int, ...], geometry: tuple[Any, Any, Any]) -> Tensor:
+    """Returns a convolution's weight gradient for each example, of ``shape`` (B, O, I, h, w).
+
+    In general by one grouped convolution: draws are its batch, (example, channel) pairs its channels. Where one side
+    has few channels, or the kernel one pixel, a product of matrices for each image is faster: of that side's patches
+    with the other side's channels.
+    """
+    num_examples, out_channels, in_channels = shape[:3]
+    kernel: tuple[int, int] = (shape[3], shape[4])
+    draws = len(x) // num_examples
+    stride, padding, dilation = geometry
+    margin = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
+    if kernel == (1, 1) and geometry == POINTWISE:
+        # Pixels first, as torch.channels_last lies in memory: for such an x no copy is made.
+        found = grad.flatten(2) @ x.permute(0, 2, 3, 1).flatten(1, 2)
+    elif in_channels <= FEW_CHANNELS:
+        patches = F.unfold(x, kernel, dilation, padding, stride)  # (K B, I h w, pixels)
+        found = grad.flatten(2) @ patches.transpose(1, 2)
+    elif out_channels <= FEW_CHANNELS and stride == dilation == (1, 1) and min(margin) >= 0:
+        # The same sum over pixels, seen from the input's: the gradient's patches, each turned by half a circle.
+        patches = F.unfold(grad, kernel, 1, margin)
+        turned = patches.unflatten(1, (out_channels, -1)).flip(2)
+        found = (turned.flatten(1, 2) @ x.flatten(2).transpose(1, 2)).unflatten(1, (out_channels, -1)).transpose(2, 3)
+    else:
+        # Only shapes of the weight are read.
+        return torch.ops.aten.convolution_backward(
             grad.reshape(draws, num_examples * out_channels, *grad.shape[2:]),
             x.reshape(draws, num_examples * in_channels, *x.shape[2:]),
-            weights.new_empty(num_examples * out_channels, *weights.shape[2:]),
+            grad.new_empty(num_examples * out_channels, in_channels, *kernel),
             None,
             *geometry,
+            False,
+            (0, 0),
             num_examples,
             (False, True, False),
-        )[1].view(weights.shape)
-        grad_biases = None
-        if ctx.needs_input_grad[2]:
-            grad_biases = grad.sum((2, 3)).view(draws, num_examples, out_channels).sum(0)
-        return grad_x, grad_weights, grad_biases, None, None, None
+        )[1].view(shape)
+    return found.reshape(draws, *shape).sum(0)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, biases: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        return F.linear(x, weights[0], None if biases is None else biases[0])
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        parameters: tuple[Tensor, Tensor | None],
+        collector: PerExampleGradients,
+    ) -> Tensor:
+        ctx.parameters, ctx.collector = parameters, collector
+        weight, bias = parameters
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weights = ctx.saved_tensors
-        num_examples, out_features, in_features = weights.shape
-        draws = _num_draws(len(x), num_examples)
-        grad_x = grad @ weights[0] if ctx.needs_input_grad[0] else None
-        grads = grad.reshape(draws, num_examples, -1, out_features)
-        inputs = x.reshape(draws, num_examples, -1, in_features)
+        x, cast = ctx.saved_tensors
+        (weight, bias), num_examples = ctx.parameters, ctx.collector.num_examples
+        draws = ctx.collector.num_draws(len(x))
+        grad_x = grad @ cast if ctx.needs_input_grad[1] else None
+        grads = grad.reshape(draws, num_examples, -1, weight.shape[0])
+        inputs = x.reshape(draws, num_examples, -1, weight.shape[1])
         grad_weights = torch.einsum("kbto,kbti->boi", grads, inputs)
-        return grad_x, grad_weights, grads.sum((0, 2)) if ctx.needs_input_grad[2] else None
+        ctx.collector.add(weight, grad_weights)
+        if bias is not None:
+            ctx.collector.add(bias, grads.sum((0, 2)))
+        return None, grad_x, None, None
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_groups: int, weights: Tensor, biases: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        x: Tensor,
+        num_groups: int,
+        parameters: tuple[Tensor, Tensor],
+        eps: float,
+        collector: PerExampleGradients,
+    ) -> Tensor:
         images, channels, positions = len(x), x.shape[1], x[0, 0].numel()
-        out, mean, rstd = torch.native_group_norm(
-            x.contiguous(),
-            weights[0].contiguous(),
-            biases[0].contiguous(),
-            images,
-            channels,
-            positions,
-            num_groups,
-            eps,
-        )
-        ctx.save_for_backward(x, weights, mean, rstd)
-        ctx.num_groups = num_groups
+        x = x.contiguous()
+        scale, shift = (p.to(x.dtype) if x.is_cuda else p for p in parameters)  # the CPU's kernel takes mixed types
+        out, mean, rstd = torch.native_group_norm(x, scale, shift, images, channels, positions, num_groups, eps)
+        ctx.parameters, ctx.collector, ctx.num_groups = parameters, collector, num_groups
+        ctx.save_for_backward(x, scale, mean, rstd)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weights, mean, rstd = ctx.saved_tensors
-        num_examples, channels = weights.shape
-        images, positions = len(x), x[0, 0].numel()
+        x, cast, mean, rstd = ctx.saved_tensors
+        weight, bias = ctx.parameters
+        images, channels, positions = len(x), x.shape[1], x[0, 0].numel()
         # All images as one image of images * channels channels: the native kernel then returns the scale's and shift's
         # gradients per image and channel instead of summed over the images.
         grad_x, grad_scale, grad_shift = torch.ops.aten.native_group_norm_backward(
             grad.contiguous().view(1, images * channels, positions),
-            x.contiguous().view(1, images * channels, positions),
+            x.view(1, images * channels, positions),
             mean.view(1, -1),
             rstd.view(1, -1),
-            weights[0].repeat(images),
+            cast.repeat(images),
             1,
             images * channels,
             positions,
             images * ctx.num_groups,
             (True, True, True),
         )
-        shape = (_num_draws(images, num_examples), num_examples, channels)
-        return grad_x.view(x.shape), None, grad_scale.view(shape).sum(0), grad_shift.view(shape).sum(0), None
+        shape = (ctx.collector.num_draws(images), ctx.collector.num_examples, channels)
+        ctx.collector.add(weight, grad_scale.view(shape).sum(0))
+        ctx.collector.add(bias, grad_shift.view(shape).sum(0))
+        return None, grad_x.view(x.shape), None, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(indices, weights)
-        return F.embedding(indices, weights[0])
+    def forward(
+        ctx: Any, anchor: Tensor, indices: Tensor, parameters: tuple[Tensor], collector: PerExampleGradients
+    ) -> Tensor:
+        (ctx.weight,), ctx.collector = parameters, collector
+        ctx.save_for_backward(indices)
+        return F.embedding(indices, ctx.weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        indices, weights = ctx.saved_tensors
-        num_examples, rows, features = weights.shape
-        draws = _num_draws(len(indices), num_examples)
-        example = torch.arange(num_examples, device=grad.device).repeat(draws)
+        (indices,) = ctx.saved_tensors
+        (rows, features), num_examples = ctx.weight.shape, ctx.collector.num_examples
+        example = torch.arange(num_examples, device=grad.device).repeat(ctx.collector.num_draws(len(indices)))
         position = example.view(-1, *([1] * (indices.dim() - 1))) * rows + indices
         flat = grad.new_zeros(num_examples * rows, features)
         flat.index_add_(0, position.reshape(-1), grad.reshape(-1, features))
-        return None, flat.view(weights.shape)
+        ctx.collector.add(ctx.weight, flat.view(num_examples, rows, features))
+        return None, None, None, None
 
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -1,4 +1,4 @@
-"""Random numbers from keyed cryptographic streams: the batches, the privacy noise, the diffusion draws.
+"""Random numbers from keyed cryptographic streams: the batches and the privacy noise.
 
 Every number is a function of (256-bit key, position), so that a step can be replayed exactly, split in any way and
 made in any order. The stream is ChaCha20 (RFC 8439); keys are derived by HMAC-SHA256. Torch's generators are not used
@@ -8,15 +8,15 @@ Guarantee (computational): to whoever does not hold the key the numbers cannot b
 any feasible attack, so the released mechanism is computationally differentially private (Mironov et al. 2009) wherever
 the mechanism with true randomness is differentially private.
 
-Floating point: Gaussians are made by Box-Muller in float64 from 52-bit uniforms. Proofs over the real numbers do not
-cover the gaps between floats (Mironov 2012, "On significance of the least significant bits"); the statement says so.
+Floating point: the Gaussians here are made by Box-Muller in float64 from 52-bit uniforms. Proofs over the real numbers
+do not cover the gaps between floats (Mironov 2012, "On significance of the least significant bits"); the statement says
+so where ``dp.secure_noise`` is off. Else privacy noise comes from ``discrete``, by this module's streams.
 """
 
 import hashlib
 import hmac
 import math
 import secrets
-from collections.abc import Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -80,18 +80,3 @@ def to_normal(words: np.ndarray) -> np.ndarray:
 def gaussian_noise(key: bytes, size: int) -> np.ndarray:
     """Returns (size,) independent standard normal float64, the privacy noise of one release under ``key``."""
     return to_normal(random_words(key, size + size % 2))[:size]
-
-
-def record_draws(
-    key: bytes, records: Sequence[int], num_uniform: int, num_normal: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns uniforms (n, num_uniform) and normals (n, num_normal), float64, row i a function of (key, records[i]).
-
-    Guarantee: a record's draws depend neither on which other records are in the batch nor on how the batch is split,
-    so adding or removing a record leaves the other records' gradients exactly as they were.
-    """
-    even = num_normal + num_normal % 2
-    words = np.empty((len(records), num_uniform + even), dtype=np.uint64)
-    for row, record in enumerate(records):
-        words[row] = random_words(derive_key(key, int(record)), words.shape[1])
-    return to_uniform(words[:, :num_uniform]), to_normal(words[:, num_uniform:])[:, :num_normal]

@@ -1,0 +1,67 @@
+#!/bin/sh
+# The CUDA figures of docs/performance.md, on a machine with one GPU, in less than ten minutes.
+#
+#     sh benchmarks/gpu.sh && python benchmarks/gpu_report.py benchmarks/results --docs
+#
+# OUT      folder for the figures (default benchmarks/results): dp_step.jsonl, sampling.jsonl, gpu_tests.txt,
+#          environment.txt, report.md, errors.txt. What is measured is written at once, so that a run that is cut short
+#          leaves what it has.
+# WHEELS   folder of wheels of what the machine lacks, installed into a temporary folder without their dependencies.
+#          For a bare torch: omegaconf, antlr4-python3-runtime, cryptography, cffi, pycparser, dp-accounting, dm-tree,
+#          immutabledict; for the peers: opacus, diffusers, importlib-metadata, zipp. Without the peers their columns
+#          stay empty.
+# PYTHON   with torch (default python3).
+# DEVICE   cuda, or cpu to try the script.
+# ROUNDS, IMAGES, NETWORKS, LARGE   less of everything, for a trial. LARGE: shapes for MNIST alone, which fill a GPU.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} ROUNDS=${ROUNDS:-7} IMAGES=${IMAGES:-256}
+NETWORKS=${NETWORKS:-mnist_28 cifar10_32 celeba_64} LARGE=${LARGE:-64x32 128x32}
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT" || exit 1
+rm -f "$OUT/dp_step.jsonl" "$OUT/sampling.jsonl" "$OUT/errors.txt" # lines are appended below
+site=$(mktemp -d) || exit 1
+trap 'rm -rf "$site"' EXIT
+PYTHONPATH=$PWD/src:$site${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH
+if [ -n "${WHEELS:-}" ]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || exit 1
+fi
+"$PYTHON" -c '
+import importlib.util, sys
+names = "torch numpy scipy omegaconf yaml cryptography dp_accounting safetensors click PIL tqdm jinja2 sklearn".split()
+missing = [name for name in names if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit("Expected all that dpdm needs, missing: " + ", ".join(missing) + ": give their wheels by WHEELS.")
+import torch
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("Expected a usable GPU, torch sees none: set DEVICE=cpu to try the script.")
+print("python", sys.version.split()[0], "torch", torch.__version__)
+print(torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "cpu")
+' "$DEVICE" >"$OUT/environment.txt" || exit 1
+cat "$OUT/environment.txt"
+
+started=$(date +%s)
+# Runs a command for at most $1 seconds. What fails is named on standard error, and the rest goes on.
+try() {
+    limit=$1
+    shift
+    timeout "$limit" "$@" 2>>"$OUT/errors.txt" || echo "Status $? of: $*; see $OUT/errors.txt" >&2
+    echo "$(($(date +%s) - started)) s: $*" >&2
+}
+
+for network in $NETWORKS; do
+    try 80 "$PYTHON" benchmarks/dp_step.py --network "$network" --device "$DEVICE" --rounds "$ROUNDS" --json \
+        >>"$OUT/dp_step.jsonl"
+done
+for shape in $LARGE; do
+    try 40 "$PYTHON" benchmarks/dp_step.py --network mnist_28 --examples "${shape%x*}" --draws "${shape#*x}" \
+        --device "$DEVICE" --rounds "$ROUNDS" --peers opacus_hooks --no-error --json >>"$OUT/dp_step.jsonl"
+done
+for network in $NETWORKS; do
+    try 50 "$PYTHON" benchmarks/sampling.py --network "$network" --device "$DEVICE" --images "$IMAGES" --json \
+        >>"$OUT/sampling.jsonl"
+done
+try 90 "$PYTHON" -m pytest -m gpu -p no:cacheprovider >"$OUT/gpu_tests.txt"
+try 20 "$PYTHON" benchmarks/gpu_report.py "$OUT" >"$OUT/report.md"
+cat "$OUT/gpu_tests.txt" "$OUT/report.md"

@@ -1,0 +1,120 @@
+"""The tables of a GPU from what ``benchmarks/gpu.sh`` left there.
+
+    python benchmarks/gpu_report.py benchmarks/results            # prints them
+    python benchmarks/gpu_report.py benchmarks/results --docs     # and writes them into docs/performance.md
+
+MNIST at epsilon 1 as published is 300 epochs in Poisson batches of 4,096 expected images of 60,000, 32 draws of each.
+Its time is projected from the measured images per second of a private step and the measured time of a step's noise;
+reading images, Adam and checkpoints are left out.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from _charts import ROOT, table, write_between
+
+from dpdm import config as configs
+
+PAGE = ROOT / "docs" / "performance.md"
+MNIST = ROOT / "configs" / "mnist_28" / "train_eps_1.0.yaml"
+MNIST_IMAGES = 60_000
+
+
+def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the objects of ``dp_step.jsonl`` and of ``sampling.jsonl``.
+
+    Raises:
+        SystemExit: if the first is missing or empty.
+    """
+    steps, samples = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        for path in (folder / "dp_step.jsonl", folder / "sampling.jsonl")
+    )
+    if not steps:
+        raise SystemExit(f"Expected figures in {folder / 'dp_step.jsonl'}, got none: run benchmarks/gpu.sh.")
+    return steps, samples
+
+
+def fastest(figures: dict[str, Any], what: str) -> float:
+    """Returns the seconds of a step in the fastest mode of ``what``, plain or private."""
+    return min(value for name, value in figures.items() if name.startswith(what) and name.endswith("_seconds"))
+
+
+def private_images_per_second(figures: dict[str, Any]) -> float:
+    """Returns images, draws counted one by one, that the private step's fastest mode takes in a second."""
+    return figures["examples"] * figures["draws"] / fastest(figures, "private")
+
+
+def projected_minutes(steps: list[dict[str, Any]]) -> float:
+    """Returns the minutes of the published MNIST run, from the measured step with the most images per second."""
+    config = configs.load([MNIST], quiet=True)
+    epochs, batch, draws = config.train.num_epochs, config.train.expected_batch_size, config.loss.noise_multiplicity
+    assert epochs is not None
+    best = max((r for r in steps if r["network"] == "mnist_28" and r["draws"] > 1), key=private_images_per_second)
+    step = batch * draws / private_images_per_second(best) + best["noise_seconds"]
+    return math.floor(epochs * MNIST_IMAGES / batch) * step / 60
+
+
+def steps_table(steps: list[dict[str, Any]]) -> str:
+    """Returns a row for each network and shape, as Markdown."""
+    header = ["network", "examples x draws", "plain, ms", "private, ms", "private / plain", "both at their fastest"]
+    header += ["images/s, private", "Opacus hooks float32 / ours", "memory: private / plain", "error"]
+    rows = []
+    for r in steps:
+        hooks = r.get("opacus_hooks_seconds")
+        memory = r["private_peak_bytes"] / r["plain_peak_bytes"] if "plain_peak_bytes" in r else None
+        ratio = fastest(r, "private") / fastest(r, "plain")
+        cells = [r["network"], f"{r['examples']} x {r['draws']}"]
+        cells += [f"{1e3 * r['plain_seconds']:.1f}", f"{1e3 * r['private_seconds']:.1f}"]
+        cells += [f"{r['private_ratio']:.2f}", f"{ratio:.2f}", f"{private_images_per_second(r):,.0f}"]
+        cells += ["-" if hooks is None else f"{hooks / fastest(r, 'private'):.1f}"]
+        cells += ["-" if memory is None else f"{memory:.2f}"]
+        cells += [f"{r['relative_error']:.1e}" if "relative_error" in r else "-"]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def samples_table(samples: list[dict[str, Any]]) -> str:
+    """Returns a row for each network and solver, as Markdown."""
+    header = ["network", "solver", "images at once", "precision", "images/s: ours", "diffusers", "ratio"]
+    rows = []
+    for r in samples:
+        for suffix, precision in (("", "float32"), ("_bf16", "bf16")):
+            if f"ours{suffix}_seconds" not in r:
+                continue
+            speeds = [r.get(f"{way}{suffix}_images_per_second") for way in ("ours", "diffusers")]
+            cells = [r["network"], f"`{r['solver']}`, {r['num_steps']}", str(r["images"]), precision]
+            cells += ["-" if speed is None else f"{speed:.1f}" for speed in speeds]
+            cells += [f"{r[f'ratio{suffix}']:.2f}" if f"ratio{suffix}" in r else "-"]
+            rows.append(cells)
+    return table(header, rows)
+
+
+def report(steps: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
+    """Returns everything as Markdown."""
+    parts = [f"Measured on {steps[0]['device']} with torch {steps[0]['torch']}.", steps_table(steps)]
+    if any(r["network"] == "mnist_28" and r["draws"] > 1 for r in steps):
+        minutes = projected_minutes(steps)
+        parts.append(f"MNIST at epsilon 1 as published, projected: {minutes:.0f} minutes.")
+    if samples:
+        parts.append(samples_table(samples))
+    return "\n\n".join(parts)
+
+
+def main(given: list[str], page: Path = PAGE) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with dp_step.jsonl and, if there, sampling.jsonl")
+    parser.add_argument("--docs", action="store_true", help="also write the tables of docs/performance.md")
+    arguments = parser.parse_args(given)
+    text = report(*read(arguments.folder))
+    if arguments.docs:
+        write_between(page, "gpu", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,98 @@
+"""The privacy statement on one page of plain text, for whoever has to answer for a release and is no mathematician."""
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import starmap
+from typing import Any
+
+from dpdm.evaluation.guarantee import Guarantee, Mechanism, attack_power, odds, percent_up, round_up
+
+WIDTH = 110  # characters in a line; the page then has about 65 lines
+FALSE_ALARMS = 0.01
+MEANING = {
+    "DP-SGD": "DP-SGD (training in noisy steps)",
+    "central images": "Central images (a noisy average of each class)",
+}
+RESTS_ON = {"threat_model": "Who attacks", "randomness": "Randomness", "floating_point": "Rounding"}
+NOT_COVERED = {
+    "composition_scope": "Scope",
+    "hyperparameters": "How the settings were chosen",
+    "holdout": "Images held out",
+}
+
+
+def one_page(statement: Mapping[str, Any], checks: Sequence[str], limits: Sequence[str]) -> str:
+    """Returns the page.
+
+    Args:
+        statement: the content of ``privacy.json``, after it was checked; its words are shown as they are.
+        checks: what was checked, a sentence each.
+        limits: what could not be, likewise.
+
+    Raises:
+        InputError: if the statement gives no guarantee.
+    """
+    guarantee = Guarantee.from_statement(statement)
+    sections = [
+        ("WHAT IS PROMISED", _promise(guarantee, statement)),
+        ("WHAT WAS DONE WITH THE PRIVATE IMAGES", _mechanisms(guarantee)),
+        ("WHAT THE PROMISE RESTS ON", [*guarantee.assumptions, *_said(statement, RESTS_ON)]),
+        ("WHAT IT DOES NOT COVER", [*guarantee.not_covered, *_said(statement, NOT_COVERED)]),
+        ("WHAT WAS CHECKED HERE", checks),
+        ("WHAT NO CHECK OF A RELEASE CAN SHOW", limits),
+    ]
+    lines = [f"PRIVACY STATEMENT: epsilon {round_up(guarantee.epsilon)}, delta {round_up(guarantee.delta)}"]
+    for title, items in sections:
+        lines += ["", title, *(line for item in items for line in _wrap(item))]
+    return "\n".join(lines)
+
+
+def _promise(guarantee: Guarantee, statement: Mapping[str, Any]) -> Iterator[str]:
+    factor = round_up(math.exp(guarantee.epsilon), 3) if guarantee.epsilon < 20 else "more than 400 million"
+    power = percent_up(attack_power(guarantee.epsilon, guarantee.delta, FALSE_ALARMS))
+    unit = guarantee.unit
+    yield (
+        f"Protected is {unit}, with its label, of the {guarantee.dataset_size:,} that the model learned from: the "
+        "released model, and every image drawn from it, would have come out much the same without it."
+    )
+    yield (
+        "How much the same: nothing that can be seen of the release became more than e to the power epsilon, which is "
+        f"{factor}, times as likely or unlikely by the presence of {unit}, apart from a probability of delta, which is "
+        f"{odds(guarantee.delta)}. Smaller numbers protect better."
+    )
+    yield (
+        "For an attacker this means: whoever wants to tell whether a certain image was used, and to be wrong for at "
+        f"most 1 % of the images that were not, recognises at most {power} of those that were, whatever else they know."
+    )
+    groups = statement.get("group_privacy") or {}
+    if groups:
+        yield f"Several images of one person are protected less: {'; '.join(starmap(_group, groups.items()))}."
+    yield f"In the terms of the field: (epsilon, delta)-differential privacy; neighbours: {guarantee.adjacency}."
+
+
+def _group(size: str, group: Mapping[str, Any]) -> str:
+    if group["epsilon"] is None:
+        return f"{size} images together not at all"
+    return f"{size} together by epsilon {round_up(group['epsilon'])}, delta {round_up(group['delta'])}"
+
+
+def _mechanisms(guarantee: Guarantee) -> Iterator[str]:
+    for mechanism in guarantee.mechanisms:
+        yield f"{MEANING.get(mechanism.name, mechanism.name)}: {_use(mechanism)}"
+    yield f"In a step of training the pull of {guarantee.unit} was cut to length {guarantee.clipping_norm:g}."
+
+
+def _use(mechanism: Mechanism) -> str:
+    times = "once" if mechanism.num_steps == 1 else f"{mechanism.num_steps:,} times"
+    part = "all images" if mechanism.sampling_rate == 1 else f"each image with chance {mechanism.sampling_rate:.4g}"
+    noise = f"noise of {mechanism.noise_multiplier:.5g} times the largest pull that one of them can have"
+    return f"{times}, {part}, under random {noise}."
+
+
+def _said(statement: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    return [f"{title}: {statement[name]}." for name, title in names.items() if name in statement]
+
+
+def _wrap(item: str) -> list[str]:
+    return textwrap.wrap(item, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)

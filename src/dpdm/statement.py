@@ -1,0 +1,219 @@
+"""``privacy.json`` of a release, which may be a stranger's: its numbers recomputed, its words compared with our own.
+
+Two accountants that share no code must find the stated epsilon. Every other number must follow from epsilon, delta and
+the released config; every sentence must be the one that dpdm writes for such a run, if the same version wrote it.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from dpdm.config import Config
+from dpdm.errors import InputError
+from dpdm.privacy import accounting, second_accountant
+from dpdm.privacy.accounting import Mechanism
+from dpdm.release import ALLOWED, LIBRARIES, make_statement
+from dpdm.untrusted import clean
+
+KNOWN_MECHANISMS = ("DP-SGD", "central images")
+# A statement's epsilon is the first accountant's own number: the rounding of floats apart they are equal. The second
+# accountant is within 0.1 % of the truth and, like the first, never below it; so a second number that is larger by more
+# than that shows that the first is wrong. Where a use costs next to nothing the first is far above the truth.
+FIRST_TOLERANCE = 1e-6
+SECOND_TOLERANCE = 1e-3
+FAR_ABOVE = 1e-2  # a stated epsilon beyond what both found is no lie, but it was not computed from the mechanisms
+LARGEST_EPSILON = 300.0  # beyond it the first accountant takes ever longer, for a promise that is empty
+GROUPS = (2, 5)
+
+
+@dataclass
+class Recomputed:
+    """What became of a statement.
+
+    Attributes:
+        epsilons: by dp-accounting and by the second accountant; None where it was not computed.
+        problems: a line for each thing that does not fit.
+        notices: a line for each thing that could not be compared and is no problem.
+    """
+
+    epsilons: tuple[float | None, float | None] = (None, None)
+    problems: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def parse(statement: Any) -> list[Mechanism]:
+    """Returns the statement's mechanisms, after a look at all that is counted with; none if its weights were converted.
+
+    Raises:
+        ValueError: with the reason, if a number that matters is none, or is out of range.
+    """
+    if not isinstance(statement, dict):
+        raise ValueError("it is no JSON object")
+    missing = {"mechanisms", "files", "epsilon", "delta", "clipping_norm", "dataset_size"} - set(statement)
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    entries, files = statement["mechanisms"], statement["files"]
+    if not isinstance(entries, list):
+        raise ValueError("mechanisms is no list")
+    if not isinstance(files, dict) or set(files) != set(ALLOWED) - {"privacy.json"}:
+        raise ValueError("files does not name the three files beside it")
+    mechanisms = [_mechanism(entry) for entry in entries]
+    if mechanisms:
+        for name in ("epsilon", "delta", "clipping_norm"):
+            if not _is_number(statement[name]) or not statement[name] > 0:
+                raise ValueError(f"{name} is no number above 0")
+        if not statement["delta"] < 1:
+            raise ValueError("delta is not below 1")
+        if type(statement["dataset_size"]) is not int or statement["dataset_size"] < 1:
+            raise ValueError("dataset_size is no number of images")
+    return mechanisms
+
+
+def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Config) -> Recomputed:
+    """Holds a statement with mechanisms, after ``parse``, against accountants, config and our own words."""
+    found = Recomputed()
+    unknown = sorted({m.name for m in mechanisms} - set(KNOWN_MECHANISMS))
+    if unknown or len(mechanisms) != len({m.name for m in mechanisms}):
+        what = f"what {clean(unknown[0], 60)} does is not known here" if unknown else "a mechanism is named twice"
+        found.problems.append(f"{what}, so epsilon cannot be recomputed")
+        return found
+    stated, delta = float(statement["epsilon"]), float(statement["delta"])
+    try:
+        second = second_accountant.epsilon_upper_bound(mechanisms, delta)
+    except InputError as error:
+        found.problems.append(f"epsilon cannot be recomputed: {clean(error)}")
+        return found
+    found.epsilons = (None, second)
+    if second > stated * (1 + SECOND_TOLERANCE):
+        found.problems.append(_differs(second, stated, "the second accountant"))
+    if second > LARGEST_EPSILON:
+        found.problems.append(f"an epsilon above {LARGEST_EPSILON:g} promises nothing and is not recomputed twice")
+        return found
+    size = statement["dataset_size"]
+    plan = {"dataset_size": size, "num_iterations": planned_steps(config, size)}
+    expected = make_statement(config, mechanisms, plan)  # at the config's delta
+    first = expected["epsilon"] if delta == config.dp.delta else accounting.epsilon_spent(mechanisms, delta)
+    found.epsilons = (first, second)
+    if first > stated * (1 + FIRST_TOLERANCE):
+        found.problems.append(_differs(first, stated, "dp-accounting"))
+    if stated > max(first, second) * (1 + FAR_ABOVE):
+        found.problems.append(_differs(max(first, second), stated, "both accountants"))
+    found.problems += against_config(statement, mechanisms, config)
+    _compare_words(statement, expected, found)
+    return found
+
+
+def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], config: Config) -> list[str]:
+    """Returns what in a statement is not as the config would have it."""
+    dp, train, size = config.dp, config.train, statement["dataset_size"]
+    delta, used = statement["delta"], {m.name: m for m in mechanisms}
+    central = train.warmup.mechanism() if train.warmup.enabled else None
+    facts: list[tuple[str, Any, Any]] = [
+        ("delta", delta, dp.delta),
+        ("clipping_norm", statement["clipping_norm"], dp.clipping_norm),
+        ("the mechanism of central images", used.get("central images"), central),
+    ]
+    problems = [] if delta * size < 1 else [f"delta {delta:g} allows publishing one of {size} images as it is"]
+    if steps := used.get("DP-SGD"):
+        planned = planned_steps(config, size)
+        facts.append(("sampling_rate", steps.sampling_rate, train.expected_batch_size / size))
+        if dp.noise_multiplier is not None:
+            facts.append(("noise_multiplier", steps.noise_multiplier, dp.noise_multiplier))
+        if steps.num_steps > planned:
+            problems.append(f"{steps.num_steps} steps of DP-SGD are stated, config.json asks for {planned}")
+    if dp.epsilon is not None and statement["epsilon"] > dp.epsilon * (1 + FIRST_TOLERANCE):
+        problems.append(f"epsilon {statement['epsilon']:.6g} is above the budget in config.json, {dp.epsilon:g}")
+    return problems + [f"{name} is {clean(a)}, by config.json it is {clean(b)}" for name, a, b in facts if a != b]
+
+
+def planned_steps(config: Config, dataset_size: int) -> int:
+    """Returns how many steps of DP-SGD a config asks for, on so many images."""
+    train = config.train
+    if train.num_iterations is not None:
+        return train.num_iterations
+    return accounting.num_iterations(train.num_epochs or 0.0, dataset_size, train.expected_batch_size)
+
+
+def writer(statement: Mapping[str, Any]) -> Any:
+    """Returns the version of dpdm that a statement says it is from; anything at all."""
+    versions = statement.get("versions")
+    return versions.get("dpdm") if isinstance(versions, dict) else None
+
+
+def no_guarantee(statement: Mapping[str, Any]) -> str:
+    """Returns what is to be said of a statement without mechanisms."""
+    claim = statement.get("claim")
+    claim = claim if isinstance(claim, dict) and statement["epsilon"] is None else statement
+    return (
+        f"no mechanism is named, so its claim (epsilon {clean(claim.get('epsilon'), 40)}, delta "
+        f"{clean(claim.get('delta'), 40)}) cannot be recomputed: there is no guarantee that could be verified"
+    )
+
+
+def _mechanism(entry: Any) -> Mechanism:
+    if not isinstance(entry, dict) or set(entry) != {"name", "sampling_rate", "noise_multiplier", "num_steps"}:
+        raise ValueError("a mechanism is not made of name, sampling_rate, noise_multiplier and num_steps")
+    numbers = _is_number(entry["sampling_rate"]) and _is_number(entry["noise_multiplier"])
+    if not isinstance(entry["name"], str) or not numbers or type(entry["num_steps"]) is not int:
+        raise ValueError("a mechanism has a name that is no word, or a number that is none")
+    if not 0 < entry["num_steps"] <= second_accountant.MAX_STEPS:
+        raise ValueError(f"num_steps of a mechanism is not in 1..{second_accountant.MAX_STEPS}")
+    return Mechanism(**entry)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold; True is none."""
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**53)
+
+
+def _differs(found: float, stated: float, whose: str) -> str:
+    return f"epsilon is {found:.6g} by the statement's mechanisms and {whose}, {stated:.6g} is claimed"
+
+
+def _compare_words(statement: dict[str, Any], expected: dict[str, Any], found: Recomputed) -> None:
+    """Compares the rest of a statement with the ``expected`` one of this version of dpdm."""
+    for name in sorted(set(statement) ^ {*expected, "files"}):
+        found.problems.append(f"privacy.json {'holds' if name in statement else 'lacks'} {clean(name, 60)}")
+    if not _follows(statement.get("group_privacy"), float(statement["epsilon"]), float(statement["delta"])):
+        found.problems.append("group_privacy does not follow from epsilon and delta")
+    versions = statement.get("versions")
+    if (
+        not isinstance(versions, dict)
+        or set(versions) != set(LIBRARIES)
+        or not all(map(_is_version, versions.values()))
+    ):
+        found.problems.append("versions does not name those of the libraries that matter")
+        return
+    if versions["dpdm"] != version("dpdm"):
+        found.notices.append(
+            f"The words of the statement and of README.md, by dpdm {versions['dpdm']}, were not compared: this is dpdm "
+            f"{version('dpdm')}."
+        )
+        return
+    own = set(expected) & set(statement) - {"epsilon", "delta", "mechanisms", "group_privacy", "versions"}
+    for name in sorted(own):
+        if statement[name] != expected[name]:
+            found.problems.append(f"{name} in privacy.json is not what dpdm states of such a run")
+
+
+def _follows(groups: Any, epsilon: float, delta: float) -> bool:
+    """Whether ``group_privacy`` is right: k epsilon and delta (1 + e^epsilon + ... + e^((k-1) epsilon)) for each k."""
+    if not isinstance(groups, dict) or set(groups) != {str(size) for size in GROUPS}:
+        return False
+    for size in GROUPS:
+        group = groups[str(size)]
+        group_delta = sum(delta * math.exp(min(k * epsilon, 700.0)) for k in range(size))
+        wanted = (size * epsilon, group_delta) if group_delta < 1 else (None, 1.0)
+        if not isinstance(group, dict) or set(group) - {"note"} != {"epsilon", "delta"}:
+            return False
+        for value, right in zip((group["epsilon"], group["delta"]), wanted, strict=True):
+            if not (value is None if right is None else _is_number(value) and math.isclose(value, right)):
+                return False
+    return True
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9][0-9A-Za-z.+_-]{0,40}", value) is not None

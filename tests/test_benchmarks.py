@@ -1,0 +1,242 @@
+"""The scripts behind docs/performance.md, on tiny settings: what they print, and what they write into the page."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import gpu_report
+import pytest
+import sampling
+import scaling
+import torch
+from _charts import write_between
+from dp_step import NETWORKS, Problem
+
+from dpdm.account import steps_of
+from dpdm.errors import RunError
+
+ROOT = Path(__file__).parent.parent
+SVG = "{http://www.w3.org/2000/svg}"
+TINY = ["--network", "mnist_28", "--threads", "1", "--rounds", "1"]
+needs_diffusers = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers: a peer")
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    page = tmp_path / "docs" / "performance.md"
+    (page.parent / "images").mkdir(parents=True)
+    marks = (f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in ("sampling", "scaling", "gpu"))
+    page.write_text("before\n" + "between\n".join(marks) + "after\n")
+    return page
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_page_has_a_place_for_every_table() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    names = re.findall(r"<!-- (\w+): begin -->\n(?:.*\n)*?<!-- \1: end -->", text)
+    assert names == ["dp_step", "sampling", "scaling", "gpu"]
+
+
+def test_a_page_without_the_place_is_not_touched(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- other: begin -->\n<!-- other: end -->\n")
+    with pytest.raises(SystemExit, match=r"one place for the table scaling in .*, found 0"):
+        write_between(page, "scaling", "new")
+    assert page.read_text() == "<!-- other: begin -->\n<!-- other: end -->\n"
+
+
+@needs_diffusers
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_peers_network_is_of_our_size(network: str) -> None:
+    problem = Problem(network, 1, 1, "cpu")
+    ours, peer = sampling.Ours(problem), sampling.Diffusers(problem)
+    parameters = [sum(p.numel() for p in way.network.parameters()) for way in (ours, peer)]
+    assert parameters[1] == pytest.approx(parameters[0], rel=0.01)
+    counts = [sampling.operations(way, problem.images) for way in (ours, peer)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.03)
+    with torch.no_grad():
+        assert peer.forward(problem.images).shape == problem.images.shape
+
+
+@needs_diffusers
+def test_sampling_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    sampling.main([*TINY, "--solver", "dpm_solver_pp", "--num-steps", "3", "--images", "2", "--json"])
+    (figures,) = printed(capsys)
+    assert (figures["solver"], figures["num_steps"], figures["images"]) == ("dpm_solver_pp", 3, 2)
+    assert figures["ours_evaluations"] == figures["diffusers_evaluations"] == 3
+    for suffix in ("", "_bf16"):
+        for way in ("ours", "diffusers"):
+            speed = 2 / figures[f"{way}{suffix}_seconds"]
+            assert figures[f"{way}{suffix}_images_per_second"] == pytest.approx(speed)
+            assert figures[f"{way}{suffix}_forward_seconds"] > 0
+        ratio = figures[f"diffusers{suffix}_seconds"] / figures[f"ours{suffix}_seconds"]
+        assert figures[f"ratio{suffix}"] == pytest.approx(ratio)  # of the only round
+
+
+def test_sampling_without_the_peer(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    sampling.main(
+        [*TINY, "--solver", "ddim", "--num-steps", "2", "--images", "1", "--precision", "float32", "--json", "--docs"],
+        page,
+    )
+    shown = capsys.readouterr()
+    assert shown.err == "diffusers is not measured: pip install 'dpdm[benchmark]'.\n"
+    figures = json.loads(shown.out)
+    assert figures["ours_seconds"] > 0
+    assert not [name for name in figures if name.startswith(("diffusers", "ratio", "forward_ratio"))]
+    before, between, *_ = page.read_text().split("\n<!-- sampling: ")
+    assert before == "before"
+    assert "| mnist_28 | 1,753,345 | - | 0.638 | - |" in between
+    speed = f"{figures['ours_images_per_second']:.2f}"
+    assert f"| mnist_28 | `ddim`, 2 | float32 | {figures['ours_forward_seconds']:.3f} | - | - | {speed} |" in between
+
+
+def test_least_squares() -> None:
+    assert scaling.fit([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx(
+        {"intercept": 3.0, "slope": 2.0, "largest_deviation": 0.0}, abs=1e-12
+    )
+    bent = scaling.fit([0, 1, 2], [1.0, 4.0, 1.0])  # the line y = 2 is as far from 1 as 1 is
+    assert bent == pytest.approx({"intercept": 2.0, "slope": 0.0, "largest_deviation": 1.0}, abs=1e-12)
+
+
+def test_each_axis_changes_what_it_says() -> None:
+    arguments = scaling.argparse.Namespace(network="cifar10_32", device="cpu")
+    base = scaling.problem_at("draws", scaling.DRAWS, arguments)
+    width, side = base.config.model.network.width, base.images.shape[-1]
+    assert (base.examples, base.draws, width, side) == (scaling.EXAMPLES, scaling.DRAWS, 32, 32)
+    for axis, value in {"draws": 3, "examples": 5, "resolution": 16, "width": 8}.items():
+        problem = scaling.problem_at(axis, value, arguments)
+        network = problem.config.model.network
+        changed = {
+            "draws": (problem.draws, base.draws),
+            "examples": (problem.examples, base.examples),
+            "resolution": (problem.images.shape[-1], side),
+            "width": (network.width, width),
+        }
+        assert {name: is_ for name, (is_, was) in changed.items() if is_ != was} == {axis: value}
+
+
+def test_scaling_writes_fits_processes_and_charts(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"draws": (1, 2), "examples": (1, 2), "resolution": (8, 12), "width": (4, 8)}
+    axes = {name: dataclasses.replace(axis, values=few[name]) for name, axis in scaling.AXES.items()}
+    monkeypatch.setattr(scaling, "AXES", axes)
+    monkeypatch.setattr(scaling, "EXAMPLES", 1)
+    monkeypatch.setattr(scaling, "DRAWS", 1)
+    groups = {(1, 1): [6.0, 1.0, 2.0], (1, 2): [1.0, 1.0, 1.0], (2, 1): [0.5, 0.5, 9.0]}
+    monkeypatch.setattr(scaling, "run_group", lambda processes, threads, _: groups[processes, threads])
+    scaling.main([*TINY, "--json", "--docs"], page)
+    results = {figures["axis"]: figures for figures in printed(capsys)}
+    assert list(results) == [*axes, "processes"]
+    table = page.read_text().split("scaling: ")[1]
+    for name in axes:
+        found = results[name]
+        assert (found["values"], len(found["seconds"])) == (list(few[name]), 2)
+        assert found["largest_deviation"] < 1e-9  # a line through two points
+        assert f"| {name} | {few[name][0]}: {found['seconds'][0]:.3f}, {few[name][1]}: " in table
+    assert "| 1 | 1 | 2.000 | 1.00 |\n| 1 | 2 | 1.000 | 2.00 |\n| 2 | 1 | 0.500 | 4.00 |\n" in table
+    picture = ElementTree.fromstring((page.parent / "images" / "scaling.svg").read_text())
+    assert len(list(picture.iter(f"{SVG}polyline"))) == 4
+    assert len(list(picture.iter(f"{SVG}circle"))) == 8
+
+
+def test_a_group_that_leaves_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no such network")
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: failed)
+    arguments = scaling.argparse.Namespace(network="mnist_28", group_shape=[2, 1])
+    with pytest.raises(RunError, match="Expected times from 2 processes, got none: no such network"):
+        scaling.run_group(2, 1, arguments)
+
+
+@pytest.mark.slow
+def test_processes_share_a_step() -> None:
+    arguments = scaling.argparse.Namespace(network="mnist_28", group_shape=[2, 1])
+    for processes in (1, 2):
+        times = scaling.run_group(processes, 1, arguments)
+        assert len(times) == scaling.STEPS_PER_GROUP
+        assert min(times) > 0
+
+
+@pytest.mark.parametrize(
+    "peaks", [pytest.param(False, id="times"), pytest.param(True, id="peaks", marks=pytest.mark.slow)]
+)
+def test_step_prints_one_object(peaks: bool) -> None:
+    command = [sys.executable, "benchmarks/dp_step.py", *TINY, "--examples", "2", "--draws", "2", "--json"]
+    command += ["--peers", "opacus_hooks"] if peaks else ["--no-peak", "--peers"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    figures = json.loads(done.stdout)
+    assert figures["private_ratio"] == pytest.approx(figures["private_seconds"] / figures["plain_seconds"])
+    assert figures["relative_error"] <= 1e-5
+    if peaks:
+        assert min(figures["plain_peak_bytes"], figures["private_peak_bytes"]) > 1e6
+        if importlib.util.find_spec("opacus") is not None:
+            assert figures["opacus_hooks_seconds"] > 0
+
+
+def gpu_row(**changes: Any) -> dict[str, Any]:
+    figures = {"network": "mnist_28", "examples": 8, "draws": 32, "device": "a GPU", "torch": "2.11", "rounds": 7}
+    figures |= {"plain_seconds": 0.004, "plain_bf16_seconds": 0.002, "private_seconds": 0.005, "private_ratio": 1.25}
+    return {**figures, "private_bf16_seconds": 0.0025, "noise_seconds": 0.5, **changes}
+
+
+def test_gpu_tables_and_the_projected_run(tmp_path: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = {"opacus_hooks_seconds": 0.02, "plain_peak_bytes": 200, "private_peak_bytes": 210, "relative_error": 2e-6}
+    # 64 x 32 images in 15.625 ms are 131,072 in a second, the images of a published step.
+    large = gpu_row(examples=64, private_seconds=0.03, private_bf16_seconds=0.015625)
+    rows = [gpu_row(**full), large, gpu_row(draws=1, examples=64, private_bf16_seconds=1e-9)]
+    (tmp_path / "dp_step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {"network": "mnist_28", "solver": "ddim", "num_steps": 50, "images": 256}
+    sample |= {"ours_seconds": 2.0, "ours_images_per_second": 128.0, "diffusers_images_per_second": 64.0, "ratio": 2.0}
+    (tmp_path / "sampling.jsonl").write_text(json.dumps(sample) + "\n")
+    gpu_report.main([str(tmp_path), "--docs"], page)
+    text = capsys.readouterr().out
+    assert "Measured on a GPU with torch 2.11." in text
+    assert "| mnist_28 | 8 x 32 | 4.0 | 5.0 | 1.25 | 1.25 | 102,400 | 8.0 | 1.05 | 2.0e-06 |" in text
+    assert "| mnist_28 | 64 x 32 | 4.0 | 30.0 | 1.25 | 7.81 | 131,072 | - | - | - |" in text
+    assert "| mnist_28 | `ddim`, 50 | 256 | float32 | 128.0 | 64.0 | 2.00 |" in text
+    steps = steps_of("epochs", 300, 60_000, 4096)
+    assert f"MNIST at epsilon 1 as published, projected: {steps * 1.5 / 60:.0f} minutes." in text
+    assert text.strip() in page.read_text().split("gpu: begin")[1]
+
+
+def test_gpu_tables_need_figures(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"Expected figures in .*dp_step\.jsonl, got none: run benchmarks/gpu\.sh"):
+        gpu_report.main([str(tmp_path)])
+
+
+def test_gpu_script_leaves_few_files_within_its_time() -> None:
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text(encoding="utf-8")
+    assert len(set(re.findall(r'"\$OUT/([\w.]+)"', text))) <= 8
+    networks, shapes = len(NETWORKS), len(re.findall(r"\d+x\d+", re.findall(r"LARGE:-([^}]*)", text)[0]))
+    times = {"$NETWORKS": networks, "$LARGE": shapes, "": 1}
+    seconds, loop = 0, ""
+    for line in text.splitlines():
+        if found := re.match(r"for \w+ in (\$\w+)", line):
+            loop = found[1]
+        elif line == "done":
+            loop = ""
+        elif found := re.match(r"\s*try (\d+) ", line):
+            seconds += int(found[1]) * times[loop]
+    assert 0 < seconds <= 600
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    script = ["sh", str(ROOT / "benchmarks" / "gpu.sh")]
+    done = subprocess.run(script, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Expected a usable GPU, torch sees none: set DEVICE=cpu to try the script.\n"
