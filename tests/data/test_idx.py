@@ -69,22 +69,25 @@ def test_a_missing_half_is_named(tmp_path: Path, missing: str) -> None:
 GOOD = idx_bytes(np.arange(40, dtype=np.uint8).reshape(2, 5, 4))
 
 
+ZIPPED = gzip.compress(GOOD)
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        GOOD[:10],
-        GOOD[:-1],
-        GOOD + b"x",
-        b"\0\0\x0d\x03" + GOOD[4:],  # floats
-        b"\0\0\x08\x01" + GOOD[4:],  # labels
-        b"\1\0\x08\x03" + GOOD[4:],
-        struct.pack(">4B3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1),
-        gzip.compress(GOOD)[:-9],
-        gzip.compress(GOOD)[:-4] + b"\0\0\0\0",
-        gzip.compress(GOOD)[:20] + b"\0\0\0" + gzip.compress(GOOD)[23:],
-        gzip.compress(GOOD[:-1]),
-        b"\x1f\x8bno gzip",
+        pytest.param(b"", id="empty"),
+        pytest.param(GOOD[:10], id="half a header"),
+        pytest.param(GOOD[:-1], id="a pixel short"),
+        pytest.param(GOOD + b"x", id="a byte more"),
+        pytest.param(b"\0\0\x0d\x03" + GOOD[4:], id="floats"),
+        pytest.param(b"\0\0\x08\x01" + GOOD[4:], id="labels"),
+        pytest.param(b"\1\0\x08\x03" + GOOD[4:], id="no idx"),
+        pytest.param(struct.pack(">4B3I", 0, 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), id="gigantic"),
+        pytest.param(ZIPPED[:-9], id="cut gzip"),
+        pytest.param(ZIPPED[:-4] + b"\0\0\0\0", id="another length"),
+        pytest.param(ZIPPED[:20] + b"\0\0\0" + ZIPPED[23:], id="damaged gzip"),
+        pytest.param(gzip.compress(GOOD[:-1]), id="zipped, a pixel short"),
+        pytest.param(b"\x1f\x8bno gzip", id="no gzip"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, content: bytes) -> None:
