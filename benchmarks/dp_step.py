@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from _charts import ROOT, write_between
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dpdm import config as configs
 from dpdm.device import keep_freed_memory, use_full_precision
@@ -136,7 +135,7 @@ def opacus_hooks(problem: Problem) -> Step:
     from opacus.grad_sample import GradSampleModule  # pyright: ignore[reportMissingImports]
 
     warnings.filterwarnings("ignore", message="Full backward hook")
-    own = copy.deepcopy(problem.denoiser)  # the hooks stay with the network's layers
+    own = _for_opacus(problem.denoiser)
     module = GradSampleModule(own.network, loss_reduction="sum")
     denoiser = _with_network(own, module)
     by_name = {name.removeprefix("_module."): p for name, p in module.named_parameters()}
@@ -156,7 +155,7 @@ def opacus_ghost(problem: Problem) -> Step:
     from opacus.grad_sample import GradSampleModuleFastGradientClipping  # pyright: ignore[reportMissingImports]
 
     warnings.filterwarnings("ignore", message="Full backward hook")
-    own = copy.deepcopy(problem.denoiser)
+    own = _for_opacus(problem.denoiser)
     module = GradSampleModuleFastGradientClipping(
         own.network,
         loss_reduction="sum",
@@ -178,13 +177,6 @@ def opacus_ghost(problem: Problem) -> Step:
         return [p.grad for p in module.parameters() if p.grad is not None]
 
     return step
-
-
-class _UsualLayout(TorchFunctionMode):
-    """Leaves tensors in the usual layout where the network asks for channels_last, for which vmap has no rule."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return func(*args) if func is Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
 def vmap(problem: Problem) -> Step:
@@ -212,11 +204,19 @@ def vmap(problem: Problem) -> Step:
     gradients = vectorise(grad(one), in_dims=(None, 0, 0, 1, 1))
 
     def step() -> list[Tensor]:
-        with _UsualLayout():
-            found = gradients(parameters, problem.images, labels.to(problem.device), problem.sigma, problem.noise)
+        found = gradients(parameters, problem.images, labels.to(problem.device), problem.sigma, problem.noise)
         return _clip_rows([found[name] for name in parameters])
 
     return step
+
+
+def _for_opacus(denoiser: Denoiser) -> Denoiser:
+    """Returns a copy, as hooks stay with the layers, all of whose convolutions are of the class that Opacus knows."""
+    own = copy.deepcopy(denoiser)
+    for layer in own.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.__class__ = nn.Conv2d
+    return own
 
 
 def _with_network(denoiser: Denoiser, module: nn.Module) -> Denoiser:

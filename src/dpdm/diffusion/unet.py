@@ -3,7 +3,7 @@
 Two rules hold throughout, because the DP-SGD engine computes the gradient of every image separately:
 
 * a parameter is used only by ``F.conv2d``, ``F.linear``, ``F.group_norm`` or ``F.embedding``, as it is (no
-  view, transpose or arithmetic), on an input whose first axis is the image;
+  view, transpose or arithmetic), on an input whose first axis is the image (``Projection`` knows when to keep it);
 * nothing mixes two images: no batch statistics, no operation along the first axis.
 
 The order of floating-point operations is the original's, too: its vectors come out bit by bit on a CPU with
@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import has_torch_function
 
 from dpdm.errors import InputError
 
@@ -220,7 +221,7 @@ class ResidualBlock(nn.Module):
         self.conv_2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         # A resampling block has the projection even where the number of channels stays.
         project = inputs != outputs or resample is not None
-        self.shortcut = nn.Conv2d(inputs, outputs, 1) if project else nn.Identity()
+        self.shortcut = Projection(inputs, outputs, 1) if project else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Args: x (N, inputs, H, W); embedding (N, E), activated. Returns (N, outputs, H', W')."""
@@ -231,9 +232,18 @@ class ResidualBlock(nn.Module):
             h, x = F.interpolate(h, scale_factor=2), F.interpolate(x, scale_factor=2)
         h = self.conv_1(h) + self.embed(embedding)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
-        # Channels last: in the usual layout oneDNN rounds a 1x1 convolution according to the number of threads.
-        x = self.shortcut(x.contiguous(memory_format=torch.channels_last)).contiguous()
-        return (x + h) / math.sqrt(2.0)
+        return (self.shortcut(x) + h) / math.sqrt(2.0)
+
+
+class Projection(nn.Conv2d):
+    """A 1x1 convolution as a product of matrices: oneDNN rounds its own by the number of threads, and takes longer."""
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's own name
+        """Args: input (N, inputs, H, W). Returns (N, outputs, H, W)."""
+        if has_torch_function((input,)):  # whoever gives layers other rules knows convolutions
+            return super().forward(input)
+        assert self.bias is not None
+        return (self.weight.flatten(1) @ input.flatten(2)).add_(self.bias[:, None]).unflatten(2, input.shape[2:])
 
 
 class Attention(nn.Module):
@@ -274,8 +284,9 @@ def sinusoids(c_noise: Tensor, channels: int) -> Tensor:
 
 
 def _halve(x: Tensor) -> Tensor:
-    """Means over squares of 2 by 2 pixels; F.avg_pool2d adds them up in another order."""
-    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+    """Means over squares of 2 by 2 pixels; F.avg_pool2d adds in another order, and mean takes several times as long."""
+    x = x[..., ::2] + x[..., 1::2]
+    return (x[..., ::2, :] + x[..., 1::2, :]) / 4
 
 
 def _resolutions(config: NetworkConfig, resolution: int) -> list[int]:

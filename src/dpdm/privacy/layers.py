@@ -183,8 +183,13 @@ class _Conv2d(torch.autograd.Function):
         ctx.parameters, ctx.geometry, ctx.collector = parameters, geometry, collector
         weight, bias = parameters
         cast = weight.to(x.dtype)
+        shift = None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(x, cast)
-        return F.conv2d(x, cast, None if bias is None else bias.to(x.dtype), *geometry)
+        if weight.shape[2:] == (1, 1) and geometry == POINTWISE:
+            product = cast.flatten(1) @ x.flatten(2)
+            product = product if shift is None else product.add_(shift[:, None])
+            return product.unflatten(2, x.shape[2:])
+        return F.conv2d(x, cast, shift, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -221,7 +226,7 @@ def _weight_gradients(x: Tensor, grad: Tensor, shape: tuple[int, ...], geometry:
     stride, padding, dilation = geometry
     margin = (kernel[0] - 1 - padding[0], kernel[1] - 1 - padding[1])
     if kernel == (1, 1) and geometry == POINTWISE:
-        # Pixels first, as torch.channels_last lies in memory: for such an x no copy is made.
+        # Pixels first: a view of x in the usual layout, and in torch.channels_last.
         found = grad.flatten(2) @ x.permute(0, 2, 3, 1).flatten(1, 2)
     elif in_channels <= FEW_CHANNELS:
         patches = F.unfold(x, kernel, dilation, padding, stride)  # (K B, I h w, pixels)
