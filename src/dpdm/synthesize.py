@@ -96,7 +96,7 @@ def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
     try:
         real, holdout = prepare_data(request, workdir)
         config = configure(request, workdir, real)
-        public_size = real.num_records + holdout.num_records
+        num_images = request.num_images or default_num_images(real, holdout)
         lap("Preparing")
         if not workdir.release.exists():
             config, state = train(config, workdir, resume=workdir.ledger.exists())
@@ -116,7 +116,7 @@ def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
             config,
             folder=None if workdir.samples.exists() else workdir.samples,
             archive=workdir.synthetic,
-            num_images=request.num_images or public_size,
+            num_images=num_images,
         )
         lap("Sampling")
     synthetic: ImageSet = read_synthetic(workdir, config)
@@ -184,6 +184,11 @@ def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
     config = configs.load([], [*values, *request.overrides])
     # Not as an override: a folder's name may mean something else in YAML.
     return replace(config, data=replace(config.data, path=str(workdir.train_archive)))
+
+
+def default_num_images(real: ImageArchive, holdout: ImageArchive) -> int:
+    """Returns the number of real records, which is public; of images that are protected as groups the number is not."""
+    return real.num_records + holdout.num_records
 
 
 def start_over(workdir: Workdir) -> None:
