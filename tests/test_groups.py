@@ -107,6 +107,13 @@ def test_a_person_moves_a_step_by_at_most_the_clipping_norm(opened: run.Run, mon
     assert min(moved) > CLIP * 0.999  # all of them are clipped, so that the test can fail
 
 
+def test_with_images_as_the_unit_a_person_moves_it_further(opened: run.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = replace(opened, archive=ImageArchive(opened.archive.path))
+    others = np.flatnonzero(GROUPS != 4).tolist()
+    moved = clipped_sum(images, list(range(len(GROUPS))), monkeypatch) - clipped_sum(images, others, monkeypatch)
+    assert float(moved.norm()) > 8 * CLIP  # their nine images, each clipped alone
+
+
 class Shown:
     """What the loss is shown of each draw."""
 

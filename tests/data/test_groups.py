@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpdm.data.archive import ArchiveWriter, ImageArchive
+from dpdm.data.archive import ArchiveBody, ArchiveWriter, ImageArchive
 from dpdm.data.groups import group_is_held_out
 from dpdm.data.prepare import prepare, prepare_with_holdout
 from dpdm.errors import InputError
@@ -145,6 +145,24 @@ def test_a_person_is_on_one_side_and_moves_no_other(tmp_path: Path) -> None:
         (tmp_path / "in" / name).unlink()
     kept = {name: person for name, person in reversed(who.items()) if person != removed}
     assert sides(tmp_path, kept, "fewer") == {person: side for person, side in before.items() if person != removed}
+
+
+def test_a_preparation_goes_on_with_its_own_groups_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = write_images(tmp_path / "in", 40)
+    first, second = (dict(zip(names, [f"{index // size}" for index in range(40)], strict=True)) for size in (4, 5))
+    real = ArchiveBody.add
+
+    def add(self: ArchiveBody, png: bytes, label: int | None) -> None:
+        if self.num_images == 12:
+            raise KeyboardInterrupt
+        real(self, png, label)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ArchiveBody, "add", add)
+        sides(tmp_path, first, "a")
+    assert (tmp_path / ".a.train.zip.partial").stat().st_size > 0
+    assert sides(tmp_path, second, "a") == sides(tmp_path, second, "b")
+    assert (tmp_path / "a.train.zip").read_bytes() == (tmp_path / "b.train.zip").read_bytes()
 
 
 def test_a_held_out_share_of_all_groups_by_a_secret_key() -> None:
