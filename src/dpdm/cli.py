@@ -60,7 +60,7 @@ def groups_option(command: Command) -> Command:
         "--groups",
         metavar="FILE|PATTERN",
         help="Whose images these are, to protect each person with all of theirs: a CSV file with the lines file,group, "
-        "or a regular expression whose one (...) is the group in a file's path.",
+        "or a regular expression whose one pair of brackets is the group in a path.",
     )(command)
 
 
