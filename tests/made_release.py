@@ -50,9 +50,9 @@ def make_weights(config: Config) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in configs.build_denoiser(config).network.named_parameters()}
 
 
-def make_release(run: Path, *, images: int = 0) -> Path:
+def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = ()) -> Path:
     """Writes ``release/`` into ``run``, and ``synthetic.zip`` with random images; returns the release."""
-    config = make_config()
+    config = make_config(keys)
     statement = make_statement(config)
     card = release.model_card(statement, config)
     release._write(Workdir(run), make_weights(config), release.redacted(config), statement, card)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdm.errors import InputError
+from dpdm.evaluation.guarantee import UNITS
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
@@ -24,7 +25,7 @@ class Question:
     """What to account for; the names are those of the command line's options.
 
     Attributes:
-        dataset_size, batch_size: N and q N.
+        dataset_size, batch_size: N and q N, of images or, where persons are protected, of persons.
         epochs, iterations: exactly one of the two.
         epsilon, noise_multiplier: exactly one of the two; the other one is the answer.
         delta: None: the power of ten at or below min(1e-5, 1/(10 N)).
@@ -90,11 +91,13 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     """Returns the total of several ledgers (.jsonl) and statements (privacy.json), at the largest of their deltas.
 
     Raises:
-        InputError: naming the file that is neither.
+        InputError: naming the file that is neither, or if some protect images and others persons: the epsilon of one
+            is none of the other.
         RunError: if a ledger is damaged.
     """
     mechanisms: list[Mechanism] = []
     deltas = [] if delta is None else [delta]
+    persons: set[bool] = set()
     for file in files:
         if not file.is_file():
             raise InputError(f"Expected a ledger or a statement at {file}, found none: check --compose.")
@@ -103,14 +106,18 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
                 ledger = Ledger(file)
                 mechanisms += ledger.mechanisms()
                 deltas.append(float(ledger.header["plan"]["delta"]))
+                persons.add(ledger.header["plan"].get("unit", "image") == "group")
             else:
                 statement = json.loads(file.read_text(encoding="utf-8"))
                 if not statement["mechanisms"]:  # of converted weights
                     raise ValueError("one without mechanisms: what its weights give away is unknown")
                 mechanisms += [Mechanism(**m) for m in statement["mechanisms"]]
                 deltas.append(float(statement["delta"]))
+                persons.add(statement["unit"] == UNITS["group"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"Expected a ledger (.jsonl) or a privacy.json in {file}, got {error!r}.") from None
+    if len(persons) > 1:
+        raise InputError("Expected runs that protect the same, got images in some and persons in others: add up each.")
     delta = delta if delta is not None else max(deltas)
     return {"epsilon": accounting.epsilon_spent(mechanisms, delta), "delta": delta, "num_runs": len(files)}
 

@@ -353,7 +353,7 @@ def _run_with_canaries(config: Config, source: str, folder: Path, num_canaries: 
     """Returns a run on public images, whose plan counts the canaries as further records."""
     archive = open_archive(replace(config, data=replace(config.data, path=source)), Workdir(folder))
     config = configs.resolve(config, archive)
-    plan = make_plan(config, archive.num_images + num_canaries)
+    plan = make_plan(config, archive.num_records + num_canaries)
     if plan.warmup is not None:
         bare = Mechanism("DP-SGD", plan.sampling_rate, plan.noise_multiplier, plan.num_iterations)
         plan = replace(plan, warmup=None, epsilon=accounting.epsilon_spent([bare], plan.delta))
@@ -383,13 +383,13 @@ class _Canaries:
     def place(cls, run: Run, parameters: Mapping[str, Tensor], key: bytes) -> Self:
         matrices = {name: p.numel() for name, p in parameters.items() if p.dim() == 2}
         name = max(matrices, key=lambda name: matrices[name])
-        count = run.plan.dataset_size - run.archive.num_images
+        count = run.plan.dataset_size - run.archive.num_records
         if count > matrices[name]:
             raise InputError(
                 f"Expected --canaries <= {matrices[name]}, the weights of {name}, got {count}: give fewer."
             )
         order = np.argsort(noise.random_words(key, matrices[name]))
-        return cls(run.archive.num_images, name, torch.from_numpy(order[:count]).to(run.device))
+        return cls(run.archive.num_records, name, torch.from_numpy(order[:count]).to(run.device))
 
     def losses(self, run: Run, matrix: Tensor, records: np.ndarray, key: bytes) -> Tensor:
         """Returns the loss of each record, (b,): an image's own, or GAIN C times the canary's weight."""

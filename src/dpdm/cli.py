@@ -55,6 +55,15 @@ def source_options(command: Command) -> Command:
     )(command)
 
 
+def groups_option(command: Command) -> Command:
+    return click.option(
+        "--groups",
+        metavar="FILE|PATTERN",
+        help="Whose images these are, to protect each person with all of theirs: a CSV file with the lines file,group, "
+        "or a regular expression whose one pair of brackets is the group in a path.",
+    )(command)
+
+
 def extractor_option(command: Command) -> Command:
     return click.option(
         "--extractor",
@@ -100,7 +109,8 @@ def demo(workdir: Path, epsilon: float, overrides: tuple[str, ...]) -> None:
 @workdir_option
 @click.option("--delta", type=float, help="Below 1/N; default: the power of ten at or below min(1e-5, 1/(10 N)).")
 @source_options
-@click.option("--num-images", type=int, help="Synthetic images; default: as many as real ones.")
+@groups_option
+@click.option("--num-images", type=int, help="Synthetic images; default: as many as real ones, or as groups.")
 @click.argument("overrides", nargs=-1, metavar="[-- key=value ...]")
 def synthesize_command(
     source: str,
@@ -109,6 +119,7 @@ def synthesize_command(
     delta: float | None,
     resolution: str | None,
     transform: "Transform | None",
+    groups: str | None,
     num_images: int | None,
     overrides: tuple[str, ...],
 ) -> None:
@@ -119,7 +130,7 @@ def synthesize_command(
     """
     from dpdm.synthesize import Request, synthesize
 
-    request = Request(source, epsilon, delta, _resolution(resolution), transform, num_images, overrides)
+    request = Request(source, epsilon, delta, _resolution(resolution), transform, num_images, overrides, groups)
     synthesize(request, Workdir(workdir))
     _finished(Workdir(workdir))
 
@@ -128,6 +139,7 @@ def synthesize_command(
 @click.argument("source")
 @click.argument("dest", type=PATH)
 @source_options
+@groups_option
 @click.option(
     "--split", type=click.Choice(["train", "holdout"]), default="train", help="holdout: the source's own test images."
 )
@@ -137,6 +149,7 @@ def prepare(
     dest: Path,
     resolution: str | None,
     transform: "Transform | None",
+    groups: str | None,
     split: Literal["train", "holdout"],
     attribute: str | None,
 ) -> None:
@@ -153,14 +166,21 @@ def prepare(
         transform=transform,
         split=split,
         attribute=attribute,
+        groups=groups,
     )
     classes = f", {archive.num_classes} classes" if archive.num_classes else ""
     shape = f"{archive.num_channels}x{archive.resolution}x{archive.resolution}"
     print(f"{dest}: {archive.num_images} images, {shape}{classes}")
+    if archive.groups is not None:
+        print(
+            f"They are of {archive.num_groups} groups, which dpdm train -- data.unit=group protects. Their number is "
+            "public then; the number of images is private.",
+            file=sys.stderr,
+        )
 
 
 @app.command(short_help="Noise for a budget, or epsilon for a noise; reads no image.")
-@click.option("--dataset-size", type=int, help="N, number of private images.")
+@click.option("--dataset-size", type=int, help="N, number of private images, or of persons with data.unit=group.")
 @click.option("--batch-size", type=int, help="Expected number of images in a step.")
 @click.option("--epochs", type=float, help="Passes over the data.")
 @click.option("--iterations", type=int, help="Steps, in place of --epochs.")

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpdm import reference
-from dpdm.data.archive import ImageArchive
+from dpdm.data.archive import ImageArchive, Unit
 from dpdm.diffusion.denoiser import Denoiser, DenoiserKind
 from dpdm.diffusion.loss import LossConfig
 from dpdm.diffusion.sampling import SamplerConfig
@@ -41,6 +41,8 @@ class DataConfig:
     Attributes:
         path: a prepared archive, or a source that ``dpdm prepare`` takes (it is then prepared into the workdir).
         name: what to call them in reports; public.
+        unit: what is protected, and so sampled and clipped as a whole: an image, or a group of images (a person's, say)
+            as ``dpdm prepare --groups`` notes them.
         resolution, num_channels, num_classes: checked against the data where given; public facts. num_classes 0
             trains an unconditional model, whatever labels there are.
         class_names: filled in from the data; public.
@@ -48,6 +50,7 @@ class DataConfig:
 
     path: str | None = None
     name: str | None = None
+    unit: Unit = "image"
     resolution: int | None = None
     num_channels: int | None = None
     num_classes: int | None = None
@@ -55,6 +58,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.unit not in get_args(Unit):
+            raise InputError(f"Expected data.unit to be one of {list(get_args(Unit))}, got {self.unit!r}.")
         for name, least in (("resolution", 1), ("num_channels", 1), ("num_classes", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -186,7 +186,8 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
     labels = None if synthetic.labels is None else synthetic.labels[:REPORT_IMAGES]
     report = PrivateReport(
         title=f"Private synthetic images: {config.data.name or 'your images'}",
-        source=f"{config.data.name or 'images'}: {real.num_images} for training",
+        source=f"{config.data.name or 'images'}: {real.num_images} for training"
+        + (f", of {real.num_groups} groups" if real.groups is not None else ""),
         guarantee=Guarantee.from_statement(statement),
         real=real.read(sample),
         synthetic=synthetic.images[:REPORT_IMAGES],

@@ -16,9 +16,11 @@ class Plan:
     """What a training run may buy: at most these mechanisms, so that epsilon stays within the budget.
 
     Attributes:
+        dataset_size: N, the number of images, or of groups.
         sampling_rate, num_iterations, noise_multiplier: of DP-SGD.
         epsilon: of everything in the plan, at ``delta``.
         warmup: the central images' mechanism, or None.
+        unit: what one record is, "image" or "group".
     """
 
     dataset_size: int
@@ -29,26 +31,30 @@ class Plan:
     epsilon: float
     delta: float
     warmup: accounting.Mechanism | None
+    unit: str = "image"
 
     def step(self) -> accounting.Mechanism:
         return accounting.Mechanism("DP-SGD", self.sampling_rate, self.noise_multiplier, 1)
 
 
 def make_plan(config: Config, dataset_size: int) -> Plan:
-    """Returns the plan of a run on ``dataset_size`` images, the noise calibrated if epsilon was given.
+    """Returns the plan of a run on ``dataset_size`` records, the noise calibrated if epsilon was given.
+
+    Records are images or groups, as ``data.unit`` says: what is drawn into batches, clipped, and counted here.
 
     Raises:
         InputError: for a delta that is too large, a batch larger than the data, no or two privacy targets.
     """
     check_keys(config)
-    accounting.check_delta_for(config.dp.delta, dataset_size)
+    unit = config.data.unit
+    accounting.check_delta_for(config.dp.delta, dataset_size, unit)
     batch = config.train.expected_batch_size
-    rate = accounting.sampling_rate(batch, dataset_size)
+    rate = accounting.sampling_rate(batch, dataset_size, unit)
     if batch + 10 * math.sqrt(batch) > LARGEST_BATCH:
         raise InputError(f"Expected train.expected_batch_size <= 44000, got {batch}: rounding is bounded up to there.")
     if config.train.warmup.enabled and dataset_size > LARGEST_DATASET:
         raise InputError(
-            f"Expected at most {LARGEST_DATASET} images for central images, got {dataset_size}: turn off train.warmup."
+            f"Expected at most {LARGEST_DATASET} {unit}s for central images, got {dataset_size}: turn off train.warmup."
         )
     steps = config.train.num_iterations
     if steps is None:
@@ -64,7 +70,7 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
         )
     dp_sgd = accounting.Mechanism("DP-SGD", rate, noise_multiplier, steps)
     epsilon = accounting.epsilon_spent([*others, dp_sgd], config.dp.delta)
-    return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, warmup)
+    return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, warmup, unit)
 
 
 def check_keys(config: Config) -> None:

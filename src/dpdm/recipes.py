@@ -12,18 +12,25 @@ from scipy.stats import norm
 from dpdm.privacy.central import default_clipping_norm
 
 SELECTION = (
-    "by a recipe from the number of images, their size, the number of classes, epsilon and delta alone; the recipe was "
-    "developed on scikit-learn's digits, so for those digits themselves this choice is not accounted for"
+    "by a recipe from the number of {unit}s, the size of the images, the number of classes, epsilon and delta alone; "
+    "the recipe was developed on scikit-learn's digits, so for those digits themselves this choice is not accounted for"
 )
-LARGE = 10_000  # images from which a larger network pays
+LARGE = 10_000  # images, or groups of them, from which a larger network pays
 CENTRAL_NOISE = 0.13  # wanted standard deviation of a noisy mean's pixels, which run from 0 to 1
 COARSEST = 4  # smallest side, in pixels, that the network works at
 
 
 def recipe(
-    *, dataset_size: int, resolution: int, num_channels: int, num_classes: int, epsilon: float, delta: float
+    *,
+    dataset_size: int,
+    resolution: int,
+    num_channels: int,
+    num_classes: int,
+    epsilon: float,
+    delta: float,
+    unit: str = "image",
 ) -> list[str]:
-    """Returns overrides ``key=value`` for ``config.load``.
+    """Returns overrides ``key=value`` for ``config.load``; ``dataset_size`` counts what ``unit`` says.
 
     Batches are a quarter of the data, at most 4,096: at equal epsilon few steps with large batches beat many with
     small ones. Training is 50 passes. A small data set gets a small network, because noise grows with the number of
@@ -51,7 +58,8 @@ def recipe(
         f"train.warmup.noise_multiplier={central}",
         "sampler.type=dpm_solver_pp",
         "sampler.num_steps=20",
-        f"dp.selection={SELECTION!r}",
+        f"data.unit={unit}",
+        f"dp.selection={SELECTION.format(unit=unit)!r}",
     ]
 
 

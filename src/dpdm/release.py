@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
-from dpdm.evaluation.guarantee import round_up
+from dpdm.evaluation.guarantee import UNITS, round_up
 from dpdm.files import fsync, write_json, write_text
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
@@ -39,6 +39,52 @@ SECURE_NOISE = (
 )
 FLOAT_NOISE = "Gaussians are float64 Box-Muller, open to attacks on the gaps between floats (Mironov 2012)"
 LIBRARIES = ("dpdm", "torch", "numpy", "dp-accounting", "cryptography", "safetensors")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a statement says of its unit of privacy."""
+
+    adjacency: str
+    split: str
+    others: str
+    several: str
+    central: str
+    assumptions: tuple[str, ...]
+    not_covered: tuple[str, ...]
+
+
+WORDS = {
+    "image": Words(
+        adjacency=accounting.ADJACENCY,
+        split="which images are for training is public; where dpdm made the split, a keyed hash of each image decided, "
+        "except for scikit-learn's digits, of which every sixth is held out",
+        others="every other image",
+        several="images of one person",
+        central="each image clipped and added to one of them",
+        assumptions=(
+            "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
+        ),
+        not_covered=("The public facts: the number of images, their size, the list of classes and the split.",),
+    ),
+    "group": Words(
+        adjacency="add or remove one person (all of their images)",
+        split="which persons are for training is public; where dpdm made the split, a keyed hash of each person's name "
+        "in the list of groups decided, for all of their images",
+        others="all images of every other person",
+        several="persons",
+        central="of each person one image, chosen at random, clipped and added to one of them",
+        assumptions=(
+            "The groups are right: all images that show a person are in one group. Whoever is in several groups is "
+            "protected as so many persons are together (see group_privacy).",
+        ),
+        not_covered=(
+            "The public facts: the number of persons, the size of the images, the list of classes and the split.",
+            "One image more or less of a person who stays: it is protected as two persons are together (see "
+            "group_privacy).",
+        ),
+    ),
+}
 
 
 def make_release(workdir: Workdir) -> Path:
@@ -131,14 +177,14 @@ def forget_keys(workdir: Workdir) -> None:
 
 def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, Any]) -> dict[str, Any]:
     """Returns the privacy statement, all but its ``files``, from what was done; ``plan`` is the ledger's."""
-    dp, data = config.dp, config.data
+    dp, data, words = config.dp, config.data, WORDS[config.data.unit]
     # Above 0, where the formula for groups would divide by 0; a larger epsilon is a weaker and so a true statement.
     epsilon = max(accounting.epsilon_spent(mechanisms, dp.delta), 1e-6)
     statement = {
         "epsilon": epsilon,
         "delta": dp.delta,
-        "unit": "one image",
-        "adjacency": accounting.ADJACENCY,
+        "unit": UNITS[data.unit],
+        "adjacency": words.adjacency,
         "accountant": accounting.ACCOUNTANT,
         "dataset_size": plan["dataset_size"],
         "clipping_norm": dp.clipping_norm,
@@ -149,22 +195,21 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
             "num_channels": data.num_channels,
             "num_classes": data.num_classes,
             "class_names": list(data.class_names),
-            "split": "which images are for training is public; where dpdm made the split, a keyed hash of each "
-            "image decided, except for scikit-learn's digits, of which every sixth is held out",
+            "split": words.split,
         },
         "threat_model": "the attacker sees the weights after every step that was kept, knows the code, the config and "
-        "every other image, and has no key",
+        f"{words.others}, and has no key",
         "randomness": "ChaCha20 under a 256-bit key of the operating system, deleted from the run's folder at release",
         "floating_point": "clipping and summing are bounded with their rounding; the rounding inside the network's "
         "kernels is not (below 1e-4 of a gradient in tests on a CPU, when another image joins the batch); "
         + (SECURE_NOISE if dp.secure_noise else FLOAT_NOISE),
-        "group_privacy": {str(k): _group(epsilon, dp.delta, k) for k in (2, 5)},
+        "group_privacy": {str(k): _group(epsilon, dp.delta, k, words.several) for k in (2, 5)},
         "composition_scope": "this release alone; other releases from the same images add up (dpdm account --compose)",
         "hyperparameters": dp.selection,
         "holdout": "images that dpdm held out took no part in training; figures on them are private and not released",
-        "assumptions": _assumptions(mechanisms, plan["num_iterations"]),
+        "assumptions": [*words.assumptions, *_assumptions(mechanisms, plan["num_iterations"])],
         "not_covered": [
-            "The public facts: the number of images, their size, the list of classes and the split.",
+            *words.not_covered,
             "The choice of hyperparameters, and the choice of this run among several.",
             "Everything in the private report: curves, timings, and figures computed on real images.",
             "What an observer of the machine sees: time, memory, power; copies of the run's folder that are continued.",
@@ -173,7 +218,7 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
         "versions": {name: version(name) for name in LIBRARIES},
     }
     if config.train.warmup.enabled:
-        statement["warmup"] = "noisy class means ('central images'), each image clipped and added to one of them"
+        statement["warmup"] = f"noisy class means ('central images'), {words.central}"
     return statement
 
 
@@ -206,7 +251,6 @@ def claim_statement(config: Config, checkpoint_sha256: str) -> dict[str, Any]:
 
 def _assumptions(mechanisms: list[Mechanism], planned_steps: int) -> list[str]:
     assumptions = [
-        "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
         "Batches are independent (Poisson) samples and the noise is Gaussian, up to ChaCha20 being "
         "indistinguishable from true randomness by any feasible computation.",
         "The software, the libraries and the machine did what their code says; a statement cannot prove that.",
@@ -223,10 +267,10 @@ def _assumptions(mechanisms: list[Mechanism], planned_steps: int) -> list[str]:
     return assumptions
 
 
-def _group(epsilon: float, delta: float, size: int) -> dict[str, Any]:
+def _group(epsilon: float, delta: float, size: int, several: str) -> dict[str, Any]:
     group_epsilon, group_delta = accounting.group_privacy(epsilon, delta, size)
     if group_delta >= 1:
-        return {"epsilon": None, "delta": 1.0, "note": "no guarantee for so many images of one person"}
+        return {"epsilon": None, "delta": 1.0, "note": f"no guarantee for so many {several}"}
     return {"epsilon": group_epsilon, "delta": group_delta}
 
 
@@ -295,6 +339,9 @@ def load_config(release: Path) -> Config:
 def model_card(statement: dict[str, Any], config: Config) -> str:
     data = config.data
     classes = f", {data.num_classes} classes" if data.num_classes else ""
+    images, label = f"{statement['dataset_size']} private images", " and its label"
+    if data.unit == "group":
+        images, label = f"the private images of {statement['dataset_size']} persons", ""
     mechanisms = "\n".join(
         f"- {m['name']}: {m['num_steps']} uses, sampling rate {m['sampling_rate']:.4g}, noise multiplier "
         f"{m['noise_multiplier']:g}"
@@ -303,9 +350,9 @@ def model_card(statement: dict[str, Any], config: Config) -> str:
     return f"""# {data.name or "Private images"}: a differentially private diffusion model
 
 A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, trained by dpdm
-{statement["versions"]["dpdm"]} on {statement["dataset_size"]} private images. The weights, and every image drawn from
+{statement["versions"]["dpdm"]} on {images}. The weights, and every image drawn from
 them, are ({round_up(statement["epsilon"])}, {statement["delta"]:g})-differentially private with respect to
-adding or removing {statement["unit"]} and its label, under the assumptions in `privacy.json`.
+adding or removing {statement["unit"]}{label}, under the assumptions in `privacy.json`.
 
 {mechanisms}
 

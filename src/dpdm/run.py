@@ -148,7 +148,7 @@ def _join(
 ) -> tuple[Run, None, TrainState]:
     """Returns what a process other than rank 0 works with, on its own copy of the images."""
     device = _set_up(config)
-    archive = ImageArchive(path)
+    archive = ImageArchive(path, config.data.unit)
     if archive.fingerprint() != fingerprint:
         raise InputError(f"Expected the same images at {path} on every machine, got others: copy the archive anew.")
     denoiser = configs.build_denoiser(config).to(device).train()
@@ -188,11 +188,12 @@ def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
     path = Path(config.data.path)
     if workdir.train_archive.exists():
         if workdir.ledger.exists() or path == workdir.train_archive:
-            return ImageArchive(workdir.train_archive)
+            return ImageArchive(workdir.train_archive, config.data.unit)
         workdir.train_archive.unlink()  # from a run that died before it began; it may be of other images
     if path.suffix == ".zip" and path.is_file() and is_archive(path):
-        return ImageArchive(path)
-    return prepare(config.data.path, workdir.train_archive)
+        return ImageArchive(path, config.data.unit)
+    prepare(config.data.path, workdir.train_archive)
+    return ImageArchive(workdir.train_archive, config.data.unit)
 
 
 def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, Books, TrainState]:
@@ -225,7 +226,7 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
         archive = open_archive(config, workdir)
         config = configs.resolve(config, archive)
         denoiser = configs.build_denoiser(config).to(device).train()
-        plan = make_plan(config, archive.num_images)
+        plan = make_plan(config, archive.num_records)
     except InputError:
         if not (exists or given):  # nothing was bought: leave the folder as it was found
             workdir.train_archive.unlink(missing_ok=True)

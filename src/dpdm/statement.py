@@ -13,6 +13,7 @@ from typing import Any
 
 from dpdm.config import Config
 from dpdm.errors import InputError
+from dpdm.evaluation.guarantee import UNITS
 from dpdm.privacy import accounting, second_accountant
 from dpdm.privacy.accounting import Mechanism
 from dpdm.release import ALLOWED, LIBRARIES, make_statement
@@ -68,7 +69,7 @@ def parse(statement: Any) -> list[Mechanism]:
         if not statement["delta"] < 1:
             raise ValueError("delta is not below 1")
         if type(statement["dataset_size"]) is not int or statement["dataset_size"] < 1:
-            raise ValueError("dataset_size is no number of images")
+            raise ValueError("dataset_size is no number of images or persons")
     return mechanisms
 
 
@@ -112,11 +113,13 @@ def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], confi
     delta, used = statement["delta"], {m.name: m for m in mechanisms}
     central = train.warmup.mechanism() if train.warmup.enabled else None
     facts: list[tuple[str, Any, Any]] = [
+        ("unit", statement.get("unit"), UNITS[config.data.unit]),
         ("delta", delta, dp.delta),
         ("clipping_norm", statement["clipping_norm"], dp.clipping_norm),
         ("the mechanism of central images", used.get("central images"), central),
     ]
-    problems = [] if delta * size < 1 else [f"delta {delta:g} allows publishing one of {size} images as it is"]
+    unit = config.data.unit
+    problems = [] if delta * size < 1 else [f"delta {delta:g} allows publishing one of {size} {unit}s as it is"]
     if steps := used.get("DP-SGD"):
         planned = planned_steps(config, size)
         facts.append(("sampling_rate", steps.sampling_rate, train.expected_batch_size / size))
@@ -130,7 +133,7 @@ def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], confi
 
 
 def planned_steps(config: Config, dataset_size: int) -> int:
-    """Returns how many steps of DP-SGD a config asks for, on so many images."""
+    """Returns how many steps of DP-SGD a config asks for, on so many images or groups."""
     train = config.train
     if train.num_iterations is not None:
         return train.num_iterations

@@ -11,7 +11,7 @@ from typing import Any
 from dpdm import account
 from dpdm import config as configs
 from dpdm.config import Config
-from dpdm.data.archive import ImageArchive
+from dpdm.data.archive import ImageArchive, Unit
 from dpdm.data.prepare import prepare_with_holdout
 from dpdm.data.sources import source_path
 from dpdm.data.transforms import Resolution, Transform
@@ -46,8 +46,9 @@ class Request:
         epsilon: the budget.
         delta: None: the power of ten at or below min(1e-5, 1/(10 N)).
         resolution, transform: how to bring images to one size.
-        num_images: synthetic images; None: as many as there are real ones.
+        num_images: synthetic images; None: as many as there are real ones, or groups of them.
         overrides: key=value pairs on top of the recipe.
+        groups: see ``with_groups``; images that have groups are protected as groups.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Request:
     transform: Transform | None = None
     num_images: int | None = None
     overrides: tuple[str, ...] = ()
+    groups: str | None = None
 
     def __post_init__(self) -> None:
         account.check_target(self.epsilon, None, "--epsilon", "dp.noise_multiplier")
@@ -94,6 +96,7 @@ def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
     try:
         real, holdout = prepare_data(request, workdir)
         config = configure(request, workdir, real)
+        num_images = request.num_images or default_num_images(real, holdout)
         lap("Preparing")
         if not workdir.release.exists():
             config, state = train(config, workdir, resume=workdir.ledger.exists())
@@ -107,7 +110,6 @@ def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
             start_over(workdir)
         raise
     config = configs.load([workdir.config])
-    num_images = request.num_images or real.num_images + holdout.num_images
     if not workdir.synthetic.exists():
         make_samples(
             load_denoiser(workdir.release),
@@ -126,7 +128,7 @@ def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
 
 
 def prepare_data(request: Request, workdir: Workdir) -> tuple[ImageArchive, ImageArchive]:
-    """Returns training and held-out images as archives in ``private/``."""
+    """Returns training and held-out images as archives in ``private/``; their records are groups if there are any."""
     if not (workdir.train_archive.exists() and workdir.holdout_archive.exists()):
         if not workdir.holdout_key.exists():
             write_text(workdir.holdout_key, noise.new_key().hex() + "\n", mode=0o600)
@@ -138,9 +140,12 @@ def prepare_data(request: Request, workdir: Workdir) -> tuple[ImageArchive, Imag
             fraction=HOLDOUT_FRACTION,
             resolution=request.resolution,
             transform=request.transform,
+            groups=request.groups,
             overwrite=True,
         )
-    return ImageArchive(workdir.train_archive), ImageArchive(workdir.holdout_archive)
+    unit: Unit = "group" if ImageArchive(workdir.train_archive).groups is not None else "image"
+    unit = configs.load([], [f"data.unit={unit}", *request.overrides], quiet=True).data.unit
+    return ImageArchive(workdir.train_archive, unit), ImageArchive(workdir.holdout_archive, unit)
 
 
 def _read_holdout_key(workdir: Workdir) -> bytes:
@@ -154,15 +159,17 @@ def _read_holdout_key(workdir: Workdir) -> bytes:
 
 def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
     """Returns the recipe for the data's public facts, with the request's overrides on top."""
-    delta = accounting.default_delta(real.num_images) if request.delta is None else request.delta
-    accounting.check_delta_for(delta, real.num_images)
+    size, unit = real.num_records, real.unit
+    delta = accounting.default_delta(size) if request.delta is None else request.delta
+    accounting.check_delta_for(delta, size, unit)
     values = recipe(
-        dataset_size=real.num_images,
+        dataset_size=size,
         resolution=real.resolution,
         num_channels=real.num_channels,
         num_classes=real.num_classes if real.labels is not None else 0,
         epsilon=request.epsilon,
         delta=delta,
+        unit=unit,
     )
     known = source_path(request.source) is None  # a data set that everybody knows by name
     values = [*values, f"dp.epsilon={request.epsilon!r}", f"dp.delta={delta!r}"]
@@ -172,11 +179,16 @@ def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
         o.partition("=")[0] for o in request.overrides if not o.startswith(("sampler.", "setup.", "dp.selection"))
     ]
     if changed:
-        selection = f"{SELECTION}; the user changed {', '.join(changed)}, which is not accounted for"
+        selection = f"{SELECTION.format(unit=unit)}; the user changed {', '.join(changed)}, which is not accounted for"
         values.append(f"dp.selection={json.dumps(selection)}")
     config = configs.load([], [*values, *request.overrides])
     # Not as an override: a folder's name may mean something else in YAML.
     return replace(config, data=replace(config.data, path=str(workdir.train_archive)))
+
+
+def default_num_images(real: ImageArchive, holdout: ImageArchive) -> int:
+    """Returns the number of real records, which is public; of images that are protected as groups the number is not."""
+    return real.num_records + holdout.num_records
 
 
 def start_over(workdir: Workdir) -> None:

@@ -4,6 +4,7 @@ images -> Poisson batch -> K noisy copies each -> denoiser -> one loss per examp
 -> / expected batch size -> Adam -> EMA
 """
 
+import math
 import signal
 import sys
 import threading
@@ -152,20 +153,25 @@ def example_losses(
 ) -> Tensor:
     """Returns the loss of each record, the mean over its own K draws, (B,).
 
+    With ``data.unit=group`` a record is a group, and each of its draws takes one of its images. So a group's images,
+    however many, make one loss, one gradient, and after clipping a vector of norm at most C.
+
     Guarantee: entry b is a function of record b and of (key, records[b]); no other record enters.
     """
     device = next(denoiser.parameters()).device
-    pixels = archive.read(records)
-    draws, shape = config.noise_multiplicity, pixels.shape[1:]
+    draws, shape = config.noise_multiplicity, (archive.num_channels, archive.resolution, archive.resolution)
     rows = torch.from_numpy(records).to(device)
-    uniform, normal = record_draws(key, rows, 2 * draws, draws * pixels[0].size)
-    u = uniform.view(len(records), 2, draws).permute(1, 2, 0)  # (2, K, B)
+    kinds = 3 if archive.unit == "group" else 2
+    uniform, normal = record_draws(key, rows, kinds * draws, draws * math.prod(shape))
+    u = uniform.view(len(records), kinds, draws).permute(1, 2, 0)  # (kinds, K, B)
+    chosen = archive.choose_images(records, u[2].cpu().numpy()) if archive.unit == "group" else records  # (K, B) | (B,)
+    pixels = archive.read(chosen.flatten()).reshape(*chosen.shape, *shape)
     images = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
     conditional = denoiser.network.num_classes > 0 and archive.labels is not None
     return diffusion_loss(
         denoiser,
         images,
-        torch.from_numpy(archive.labels[records]).to(device) if conditional and archive.labels is not None else None,
+        torch.from_numpy(archive.labels[chosen]).to(device) if conditional and archive.labels is not None else None,
         sigma=noise_level(config, denoiser.kind, u[0]).float(),
         noise=normal.view(len(records), draws, *shape).transpose(0, 1),
         drop_label=u[1] < config.label_dropout,
@@ -184,7 +190,7 @@ def announcement(run: Run) -> str:
     plan = run.plan
     lines = [
         f"Privacy: at most epsilon={plan.epsilon:.4g} at delta={plan.delta:g}, adding or removing one of "
-        f"{plan.dataset_size} images.",
+        f"{plan.dataset_size} {plan.unit}s.",
         f"  DP-SGD: {plan.num_iterations} steps, sampling rate {plan.sampling_rate:.4g}, noise multiplier "
         f"{plan.noise_multiplier:g}, clipping norm {run.config.dp.clipping_norm:g}.",
     ]
@@ -192,7 +198,12 @@ def announcement(run: Run) -> str:
         lines.append(f"  Central images: one Gaussian mechanism, noise multiplier {plan.warmup.noise_multiplier:g}.")
     if run.config.data.class_names:
         lines.append(f"  Published as they are: the class names {', '.join(run.config.data.class_names)}.")
-    warning = accounting.check_delta_for(plan.delta, plan.dataset_size)
+    if run.archive.groups is not None and plan.unit == "image":
+        lines.append(
+            "  Warning: data.unit=image, though the images have groups: k images of one person are protected only as k "
+            "images together (group_privacy in the statement); data.unit=group protects persons."
+        )
+    warning = accounting.check_delta_for(plan.delta, plan.dataset_size, plan.unit)
     if warning:
         lines.append(f"  Warning: {warning}")
     if run.config.dp.seed is not None:

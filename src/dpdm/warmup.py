@@ -12,6 +12,7 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
 from dpdm.privacy.central import WarmupConfig, default_clipping_norm, noisy_class_means
+from dpdm.privacy.noise import derive_key, random_words, to_uniform
 from dpdm.progress import Progress
 
 PIECE = 1024  # images decoded at a time
@@ -21,6 +22,10 @@ def central_images(
     archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns noisy class means as images, and their labels; see ``noisy_class_means`` for the guarantee.
+
+    Of a group of images one takes part, chosen by the key.
+
+    Guarantee: a record, an image or a group, adds one vector, a function of this record, its number and the key.
 
     Args:
         archive: the private images.
@@ -32,14 +37,16 @@ def central_images(
         (cells, C, H, W) float64, pixels about [0, 1] but not limited to it, and (cells,) int64.
     """
     shape = (archive.num_channels, archive.resolution, archive.resolution)
+    count = archive.num_records
+    chosen = archive.choose_images(np.arange(count), to_uniform(random_words(derive_key(key, "images"), count)))
     pieces = (
-        archive.read(np.arange(start, min(start + PIECE, archive.num_images))).reshape(-1, math.prod(shape)) / 255.0
-        for start in range(0, archive.num_images, PIECE)
+        archive.read(chosen[start : start + PIECE]).reshape(-1, math.prod(shape)) / 255.0
+        for start in range(0, count, PIECE)
     )
     means = noisy_class_means(
         pieces,
-        archive.labels if num_classes else None,
-        dataset_size=archive.num_images,
+        archive.labels[chosen] if num_classes and archive.labels is not None else None,
+        dataset_size=count,
         num_classes=max(num_classes, 1),
         means_per_class=config.means_per_class,
         clipping_norm=config.clipping_norm or default_clipping_norm(math.prod(shape)),

@@ -1,8 +1,8 @@
 """The prepared archive: a zip of PNGs with labels, which StyleGAN and EDM tools read as well.
 
 ``00000/img00000000.png`` ... in folders of 1,000, stored without further compression, and ``dataset.json``
-with ``{"labels": [[name, class], ...]}`` or ``{"labels": null}``; ``class_names`` beside it is ours, others
-ignore it.
+with ``{"labels": [[name, class], ...]}`` or ``{"labels": null}``; ``class_names`` beside it is ours, and so is
+``groups``, the number of each image's group in the order of the images; others ignore them.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +35,7 @@ IMAGES_PER_FOLDER = 1000
 IMAGES_PER_PASS = 1024
 PNG_LEVEL = 2  # of zlib: on 32x32 photos as small as 6, and faster; on large ones a few percent larger
 MODES = {1: "L", 3: "RGB"}
+Unit = Literal["image", "group"]
 
 
 def member_name(index: int) -> str:
@@ -57,10 +58,14 @@ class ArchiveBody:
     Args:
         file: to write to, from its position on.
         class_names: one name per class, also for classes without images; None if there are no names.
+        groups: the number of each image's group, in order; None if there are no groups.
     """
 
-    def __init__(self, file: BinaryIO, class_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, file: BinaryIO, class_names: Sequence[str] | None = None, groups: Sequence[int] | None = None
+    ) -> None:
         self.file = file
+        self._groups = None if groups is None else array("q", groups)
         self._class_names = None if class_names is None else list(class_names)
         self._labels, self._sizes, self._crcs = array("q"), array("I"), array("I")
 
@@ -94,7 +99,13 @@ class ArchiveBody:
         return False
 
     def finish(self) -> None:
-        """Writes labels and directory; nothing may be added any more."""
+        """Writes labels and directory; nothing may be added any more.
+
+        Raises:
+            ValueError: if there are not as many groups as images.
+        """
+        if self._groups is not None and len(self._groups) != self.num_images:
+            raise ValueError(f"Expected the groups of {self.num_images} images, got {len(self._groups)}.")
         table = self._label_table()
         self.file.write(local_header(LABELS_NAME, len(table), zlib.crc32(table)) + table)
         names = chain(map(member_name, range(self.num_images)), [LABELS_NAME])
@@ -114,11 +125,12 @@ class ArchiveBody:
 
     def _label_table(self) -> bytes:
         """Returns ``dataset.json``, put together as text: a list object per image would take ten times as much."""
+        groups = "" if self._groups is None else f', "groups": {self._groups.tolist()}'
         if not self._labels:
-            return b'{"labels": null}'
+            return f'{{"labels": null{groups}}}'.encode()
         pairs = ", ".join(f'["{member_name(index)}", {label}]' for index, label in enumerate(self._labels))
         names = "" if self._class_names is None else f', "class_names": {json.dumps(self._class_names)}'
-        return f'{{"labels": [{pairs}]{names}}}'.encode()
+        return f'{{"labels": [{pairs}]{names}{groups}}}'.encode()
 
 
 class ArchiveWriter:
@@ -129,14 +141,17 @@ class ArchiveWriter:
     Args:
         path: the file to write.
         class_names: one name per class, also for classes without images; None if there are no names.
+        groups: the number of each image's group; None if there are no groups.
 
     Raises:
         RunError: if the disk is full or not writable; an older file at ``path`` is then as it was.
     """
 
-    def __init__(self, path: Path, class_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, path: Path, class_names: Sequence[str] | None = None, groups: Sequence[int] | None = None
+    ) -> None:
         self.path = path
-        self._class_names = class_names
+        self._class_names, self._groups = class_names, groups
         self._shape: tuple[int, ...] | None = None
 
     def __enter__(self) -> Self:
@@ -152,7 +167,7 @@ class ArchiveWriter:
     def _writing(self) -> Iterator[Self]:
         try:
             with atomic_path(self.path) as temporary, temporary.open("wb") as file:
-                self._body = ArchiveBody(file, self._class_names)
+                self._body = ArchiveBody(file, self._class_names, self._groups)
                 yield self
                 self._body.finish()
         except OSError as error:
@@ -187,20 +202,28 @@ class ImageArchive:
     Sets of at most 256 MiB of pixels keep each image once it was decoded; larger ones are decoded at every
     read. For one thread.
 
+    What is sampled and clipped in training is a *record*: an image, or with ``unit="group"`` a group of images.
+
+    Args:
+        path: the file.
+        unit: what a record is.
+
     Attributes:
-        num_images: N >= 1.
+        num_images: >= 1.
+        num_records: N, the number of images or, with ``unit="group"``, of groups.
         resolution: height and width in pixels.
         num_channels: 1 (grey) or 3 (RGB).
         num_classes: number of class names, or without them the largest label + 1; 0 without labels.
         labels: (N,) int64, or None.
         class_names: one per class, or None.
+        groups: (num_images,) int64 in [0, num_groups), each of which occurs, or None.
 
     Raises:
-        InputError: if the file is absent, damaged or not a prepared archive.
+        InputError: if the file is absent, damaged or not a prepared archive, or has no groups for ``unit="group"``.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, unit: Unit = "image") -> None:
+        self.path, self.unit = path, unit
         self._zip = ZipReader(path)
         if LABELS_NAME not in self._zip:
             raise InputError(f"Expected {path} to hold {LABELS_NAME}: make an archive of it by dpdm prepare.")
@@ -208,8 +231,20 @@ class ImageArchive:
         if not self._names:
             raise InputError(f"Expected {path} to hold images, found none: make it anew by dpdm prepare.")
         table = self._zip.read(LABELS_NAME, f"{path}: {LABELS_NAME}")
-        self.labels, self.class_names = parse_labels(table, self._names, str(path))
+        self.labels, self.class_names, groups = parse_table(table, self._names, str(path))
         self.num_images = len(self._names)
+        if unit == "group" and groups is None:
+            raise InputError(
+                f"Expected groups for data.unit=group, got none in {path}: make the archive by dpdm prepare --groups."
+            )
+        # Groups count from 0 without gaps here: those of the held-out images are missing in the file.
+        self.groups = None if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        self.num_groups = 0 if self.groups is None else int(self.groups.max()) + 1
+        self.num_records = self.num_groups if unit == "group" else self.num_images
+        if self.groups is not None:
+            self._by_group = np.argsort(self.groups, kind="stable")  # a group's images are together here
+            self._group_sizes = np.bincount(self.groups)
+            self._group_starts = np.cumsum(self._group_sizes) - self._group_sizes
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
         if self.class_names is not None:
             self.num_classes = len(self.class_names)
@@ -250,6 +285,23 @@ class ImageArchive:
             images[position] = self._decode(int(i))
         return images
 
+    def choose_images(self, records: NDArray[np.int64], u: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Returns for each record one of its images, chosen uniformly by ``u``; a record that is an image is itself.
+
+        Guarantee: an entry depends on its record, the images of that record and its own entry of ``u`` alone.
+
+        Args:
+            records: (n,) in [0, num_records).
+            u: (..., n) in [0, 1).
+
+        Returns:
+            (..., n) in [0, num_images).
+        """
+        if self.unit == "image":
+            return np.broadcast_to(records, u.shape)
+        sizes = self._group_sizes[records]
+        return self._by_group[self._group_starts[records] + np.minimum((u * sizes).astype(np.int64), sizes - 1)]
+
     def check(self) -> None:
         """Decodes every image.
 
@@ -266,13 +318,15 @@ class ImageArchive:
             raise InputError(f"{self.path}: {len(problems)} bad images: {list_names(problems)}")
 
     def fingerprint(self) -> str:
-        """Returns SHA-256, in hex, over shape, labels and pixels in order; it identifies private data."""
+        """Returns SHA-256, in hex, over shape, labels, groups and pixels in order; it identifies private data."""
         if self._fingerprint is None:
             shape = [self.num_images, self.num_channels, self.resolution, self.resolution]
             head = json.dumps({"shape": shape, "labelled": self.labels is not None})
             digest = hashlib.sha256(head.encode())
             if self.labels is not None:
                 digest.update(self.labels.astype("<i8").tobytes())
+            if self.groups is not None:
+                digest.update(b"groups" + self.groups.astype("<i8").tobytes())
             for start in range(0, self.num_images, IMAGES_PER_PASS):
                 images = self.read(np.arange(start, min(start + IMAGES_PER_PASS, self.num_images)))
                 digest.update(images.tobytes())
@@ -319,8 +373,16 @@ def is_archive(path: Path) -> bool:
         return LABELS_NAME in members
 
 
-def parse_labels(content: bytes, names: Sequence[str], where: str) -> tuple[NDArray[np.int64] | None, list[str] | None]:
-    """Reads ``dataset.json``: labels (N,) in the order of the sorted ``names``, or None; class names, or None.
+class Table(NamedTuple):
+    """What ``dataset.json`` says of n images: labels (n,), class names and groups (n,), each or None."""
+
+    labels: NDArray[np.int64] | None
+    class_names: list[str] | None
+    groups: NDArray[np.int64] | None
+
+
+def parse_table(content: bytes, names: Sequence[str], where: str) -> Table:
+    """Reads ``dataset.json``, for images in the order of the sorted ``names``.
 
     Raises:
         InputError: if it has another form, or names other images than ``names``.
@@ -332,8 +394,9 @@ def parse_labels(content: bytes, names: Sequence[str], where: str) -> tuple[NDAr
         raise InputError(f"{where} is not valid JSON ({error})") from error
     if not isinstance(table, dict) or "labels" not in table:
         raise InputError(f'{where}: expected {{"labels": [[name, class], ...]}} or {{"labels": null}}')
+    groups = _parse_groups(table.get("groups"), len(names), where)
     if table["labels"] is None:
-        return None, None
+        return Table(None, None, groups)
     pairs = table["labels"]
     if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
         raise InputError(f"{where}: expected labels to be a list of [name, class] with classes 0, 1, 2, ...")
@@ -343,11 +406,21 @@ def parse_labels(content: bytes, names: Sequence[str], where: str) -> tuple[NDAr
     labels = np.array([label for _, label in pairs], np.int64)
     class_names = table.get("class_names")
     if class_names is None:
-        return labels, None
+        return Table(labels, None, groups)
     named = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
     if not named or len(class_names) <= labels.max():
         raise InputError(f"{where}: expected class_names to be a list of at least {labels.max() + 1} names")
-    return labels, class_names
+    return Table(labels, class_names, groups)
+
+
+def _parse_groups(groups: Any, count: int, where: str) -> NDArray[np.int64] | None:
+    if groups is None:
+        return None
+    if not isinstance(groups, list) or not all(type(group) is int and 0 <= group < 2**63 for group in groups):
+        raise InputError(f"{where}: expected groups to be a list of whole numbers >= 0")
+    if len(groups) != count:
+        raise InputError(f"{where}: expected the groups of {count} images, got {len(groups)}")
+    return np.array(groups, np.int64)
 
 
 def _explain_names(pairs: list[list], names: Sequence[str], where: str) -> NoReturn:

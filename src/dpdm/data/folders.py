@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpdm.data.archive import LABELS_NAME, parse_labels
+from dpdm.data.archive import LABELS_NAME, parse_table
 from dpdm.data.records import Split, list_names
 from dpdm.data.transforms import IMAGE_SUFFIXES
 from dpdm.data.zips import MAX_MEMBER_BYTES, ZipReader
@@ -165,7 +165,7 @@ def _unwrap(tree: Tree) -> Tree:
 def tree_splits(tree: Tree) -> dict[str, Split]:
     """Turns a tree into the split ``train`` and, if it brings one, ``holdout``.
 
-    With ``dataset.json`` at the top it is an archive with those labels. Otherwise a class is a top-level
+    With ``dataset.json`` at the top it is an archive with those labels and groups. Otherwise a class is a top-level
     folder (sorted by name, empty ones included), or a folder below train/ and test/ (or val/) where both
     exist; images without any folder have no labels. What is no image is named in a note on standard error.
 
@@ -173,9 +173,11 @@ def tree_splits(tree: Tree) -> dict[str, Split]:
         InputError: if there are no images, or some are in class folders and some are not.
     """
     if LABELS_NAME in tree.others:
-        labels, class_names = parse_labels(tree.read(LABELS_NAME), tree.images, tree.where)
+        table = parse_table(tree.read(LABELS_NAME), tree.images, tree.where)
         _note_skipped(tree, [name for name in tree.others if name != LABELS_NAME])
-        return {"train": tree_split(tree, tree.images, labels, class_names)}
+        split = tree_split(tree, tree.images, table.labels, table.class_names)
+        names = None if table.groups is None else [str(number) for number in table.groups]
+        return {"train": replace(split, groups=names)}
     _note_skipped(tree, tree.others)
     if not tree.images:
         raise InputError(

@@ -1,6 +1,7 @@
 """``dpdm prepare``: a source becomes one archive, or one of private and one of held-out records.
 
-Records are prepared one by one: no step, the choice of held-out records included, looks at two of them. What
+Records are prepared one by one: no step, the choice of held-out records included, looks at two of them (at two
+groups, if the images have groups, which are held out as a whole). What
 is taken from all together (number of channels, common size, class names) is treated as public and named in
 the statement.
 """
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import features
 
 from dpdm.data.archive import ImageArchive, encode_png
+from dpdm.data.groups import group_is_held_out, with_groups
 from dpdm.data.records import Split, list_names
 from dpdm.data.resume import Unfinished, unfinished
 from dpdm.data.sources import open_source, source_path
@@ -46,6 +48,7 @@ def prepare(
     transform: Transform | None = None,
     split: Literal["train", "holdout"] = "train",
     attribute: str | None = None,
+    groups: str | None = None,
     overwrite: bool = False,
     cache_dir: Path | None = None,
 ) -> ImageArchive:
@@ -59,6 +62,7 @@ def prepare(
         transform: see ``fit``; None expects square images.
         split: the source's "train" split (all of it where it has no own hold-out), or its own "holdout".
         attribute: see ``open_source``.
+        groups: see ``with_groups``.
         overwrite: replace an existing ``dest``.
         cache_dir: where downloads are kept.
 
@@ -68,12 +72,12 @@ def prepare(
     """
     _check_dest(source, dest, overwrite)
     check_resolution(resolution, transform)
-    splits = open_source(source, cache_dir=cache_dir, attribute=attribute)
+    splits = with_groups(open_source(source, cache_dir=cache_dir, attribute=attribute), groups)
     if split not in splits:
         raise InputError(f"Expected split={split!r} to be one of {', '.join(splits)}: {source} has no other.")
     chosen = [splits[split]]
     recipe = _Recipe(source, chosen, [TRAIN], _num_channels(source, chosen), resolution, transform)
-    with unfinished([dest], chosen[0].class_names) as work:
+    with unfinished([dest], chosen[0].class_names, recipe.groups_of_archives()[:1]) as work:
         _write(recipe, work)
     return ImageArchive(dest)
 
@@ -87,13 +91,14 @@ def prepare_with_holdout(
     fraction: float = 1 / 6,
     resolution: Resolution | None = None,
     transform: Transform | None = None,
+    groups: str | None = None,
     overwrite: bool = False,
     cache_dir: Path | None = None,
 ) -> tuple[ImageArchive, ImageArchive]:
     """Writes a private and a held-out archive; goes on where an earlier call with these arguments was stopped.
 
     A source with a split of its own (digits, t10k files, train/ and test/ folders) keeps it; of any other
-    each record goes to the side that ``is_held_out`` says.
+    each record goes to the side that ``is_held_out`` says or, if images have groups, ``group_is_held_out``.
 
     Args:
         source: see ``open_source``.
@@ -103,6 +108,7 @@ def prepare_with_holdout(
         fraction: expected part of the records that is held out, in (0, 1).
         resolution: see ``prepare``.
         transform: see ``prepare``.
+        groups: see ``with_groups``.
         overwrite: replace existing archives.
         cache_dir: where downloads are kept.
 
@@ -118,12 +124,12 @@ def prepare_with_holdout(
         raise InputError(f"Expected 0 < fraction={fraction} < 1: it is the part of the images that is held out.")
     _check_key(holdout_key)
     check_resolution(resolution, transform)
-    splits = open_source(source, cache_dir=cache_dir)
+    splits = with_groups(open_source(source, cache_dir=cache_dir), groups)
     parts = list(splits.values())
     sides = [HOLDOUT if name == "holdout" else TRAIN for name in splits] if "holdout" in splits else None
     channels = _num_channels(source, parts)
     recipe = _Recipe(source, parts, sides, channels, resolution, transform, holdout_key, fraction)
-    with unfinished([train_dest, holdout_dest], splits["train"].class_names) as work:
+    with unfinished([train_dest, holdout_dest], splits["train"].class_names, recipe.groups_of_archives()) as work:
         _write(recipe, work)
         train, held_out = (body.num_images for body in work.bodies)
         if not (train and held_out):
@@ -212,6 +218,8 @@ class _Recipe:
         for split in self.splits:
             if split.labels is not None:
                 digest.update(split.labels.astype("<i8").tobytes())
+            if split.groups is not None:
+                digest.update(json.dumps(list(split.groups)).encode())
             for index, name in enumerate(split.names):
                 stamp = split.stamp(index)
                 digest.update(f"{len(name)} {len(stamp)} {name}".encode(errors="surrogateescape") + stamp)
@@ -225,11 +233,30 @@ class _Recipe:
             image = fit(decode(name, split.read(index), self.num_channels), self.resolution, self.transform)
         except InputError as error:
             return error
-        if self.sides is not None:
-            side = self.sides[number]
-        else:
+        side = self.group_side(number, index)
+        if side is None:
             side = HOLDOUT if is_held_out(to_array(image), self.key, self.fraction) else TRAIN
         return _Record(side, encode_png(image), image.size)
+
+    def group_side(self, number: int, index: int) -> int | None:
+        """Returns the archive of record ``index`` of split ``number``, or None if its pixels decide."""
+        if self.sides is not None:
+            return self.sides[number]
+        groups = self.splits[number].groups
+        if groups is None:
+            return None
+        return HOLDOUT if group_is_held_out(groups[index], self.key, self.fraction) else TRAIN
+
+    def groups_of_archives(self) -> list[list[int] | None]:
+        """Returns for both archives the number of each image's group, in order; None if images have no groups."""
+        found: list[list[int]] = [[], []]
+        numbers: dict[str, int] = {}
+        for number, split in enumerate(self.splits):
+            if split.groups is None:
+                return [None, None]
+            for index, group in enumerate(split.groups):
+                found[self.group_side(number, index) or TRAIN].append(numbers.setdefault(group, len(numbers)))
+        return list(found)
 
     def label(self, record: int) -> int | None:
         """Returns the class of a record, counted over all splits."""

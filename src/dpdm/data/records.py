@@ -21,6 +21,7 @@ class Split:
             time of change.
         labels: (N,) class indices, or None for a source without classes.
         class_names: one per class, also for classes without images; None without labels or names.
+        groups: the name of each record's group (of a person, say), or None; not to be kept or shown.
     """
 
     names: Sequence[str]
@@ -28,6 +29,7 @@ class Split:
     stamp: Callable[[int], bytes]
     labels: NDArray[np.int64] | None
     class_names: list[str] | None
+    groups: Sequence[str] | None = None
 
     @property
     def num_images(self) -> int:

@@ -67,8 +67,12 @@ class Unfinished:
 
 
 @contextlib.contextmanager
-def unfinished(dests: Sequence[Path], class_names: list[str] | None) -> Iterator[Unfinished]:
+def unfinished(
+    dests: Sequence[Path], class_names: list[str] | None, groups: Sequence[Sequence[int] | None]
+) -> Iterator[Unfinished]:
     """Opens the unfinished archives of ``dests``; they become the archives when the block ends.
+
+    ``groups`` are those of all images that each will hold, or None.
 
     If it ends by an InputError they are removed; after any other failure they stay, and the next call finds them.
 
@@ -83,9 +87,8 @@ def unfinished(dests: Sequence[Path], class_names: list[str] | None) -> Iterator
         with contextlib.ExitStack() as files:
             opened = [files.enter_context(_locked(path, dest)) for path, dest in zip(partials, dests, strict=True)]
             try:
-                work = Unfinished(
-                    [ArchiveBody(file, class_names) for file in opened], files.enter_context(_open(journal))
-                )
+                bodies = [ArchiveBody(file, class_names, own) for file, own in zip(opened, groups, strict=True)]
+                work = Unfinished(bodies, files.enter_context(_open(journal)))
                 yield work
                 for body in work.bodies:
                     body.finish()

@@ -142,13 +142,14 @@ def diffusion_loss(
     The squared error is the *mean* over channels and pixels, not the sum: the scale decides which gradients
     the clipping norm reaches, and with the mean the same clipping norm suits every resolution.
 
-    Guarantee: entry b depends on image b, label b and column b of the draws alone, so that adding or
-    removing another example does not change it.
+    Guarantee: entry b depends on the images, labels and draws of example b alone, so that adding or removing another
+    example does not change it.
 
     Args:
         denoiser: evaluated once, on K * B images; draw k of example b is row k * B + b.
-        images: (B, C, H, W) in [-1, 1]; B may be 0, as Poisson sampling allows.
-        labels: (B,) int64, or None for an unconditional network.
+        images: (B, C, H, W) in [-1, 1], or (K, B, C, H, W), an example's own image for each draw; B may be 0, as
+            Poisson sampling allows.
+        labels: (B,) or (K, B) int64, or None for an unconditional network.
         sigma: (K, B) noise levels.
         noise: (K, B, C, H, W) standard normal.
         drop_label: (K, B) bool, where to show the null label; None: nowhere. Not used without labels.
@@ -161,7 +162,7 @@ def diffusion_loss(
         InputError: if the shapes do not fit each other.
     """
     draws, batch = sigma.shape
-    if noise.shape != (draws, *images.shape) or len(images) != batch:
+    if noise.shape != (draws, batch, *images.shape[-3:]) or images.shape[:-3] not in ((batch,), (draws, batch)):
         raise InputError(
             f"Expected noise of shape (K, B, C, H, W) for images {tuple(images.shape)} and sigma "
             f"{tuple(sigma.shape)}, got {tuple(noise.shape)}."

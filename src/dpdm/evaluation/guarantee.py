@@ -19,6 +19,7 @@ REQUIRED = (
     "assumptions",
     "not_covered",
 )
+UNITS = {"image": "one image", "group": "one person (all of their images)"}  # as data.unit says
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Guarantee:
 
     def __post_init__(self) -> None:
         _check_parameters(self.epsilon, self.delta)
+
+    @property
+    def noun(self) -> str:
+        """What ``dataset_size`` counts, in the singular."""
+        return "person" if self.unit == UNITS["group"] else "image"
 
     @classmethod
     def from_statement(cls, statement: Mapping[str, Any]) -> Self:

@@ -3,7 +3,6 @@
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import starmap
 from typing import Any
 
 from dpdm.evaluation.guarantee import Guarantee, Mechanism, attack_power, odds, percent_up, round_up
@@ -51,10 +50,11 @@ def one_page(statement: Mapping[str, Any], checks: Sequence[str], limits: Sequen
 def _promise(guarantee: Guarantee, statement: Mapping[str, Any]) -> Iterator[str]:
     factor = round_up(math.exp(guarantee.epsilon), 3) if guarantee.epsilon < 20 else "more than 400 million"
     power = percent_up(attack_power(guarantee.epsilon, guarantee.delta, FALSE_ALARMS))
-    unit = guarantee.unit
+    unit, noun, size = guarantee.unit, guarantee.noun, f"{guarantee.dataset_size:,}"
+    whom = f"{unit}, with its label, of the {size}" if noun == "image" else f"{unit}, of the {size} persons"
     yield (
-        f"Protected is {unit}, with its label, of the {guarantee.dataset_size:,} that the model learned from: the "
-        "released model, and every image drawn from it, would have come out much the same without it."
+        f"Protected is {whom} that the model learned from: the released model, and every image drawn from it, would "
+        f"have come out much the same without {'it' if noun == 'image' else 'them'}."
     )
     yield (
         "How much the same: nothing that can be seen of the release became more than e to the power epsilon, which is "
@@ -62,30 +62,33 @@ def _promise(guarantee: Guarantee, statement: Mapping[str, Any]) -> Iterator[str
         f"{odds(guarantee.delta)}. Smaller numbers protect better."
     )
     yield (
-        "For an attacker this means: whoever wants to tell whether a certain image was used, and to be wrong for at "
-        f"most 1 % of the images that were not, recognises at most {power} of those that were, whatever else they know."
+        f"For an attacker this means: whoever wants to tell whether a certain {noun} took part, and to be wrong "
+        f"for at most 1 % of the {noun}s that did not, recognises at most {power} of those that did, whatever else "
+        "they know."
     )
     groups = statement.get("group_privacy") or {}
     if groups:
-        yield f"Several images of one person are protected less: {'; '.join(starmap(_group, groups.items()))}."
+        several = "Several images of one person" if noun == "image" else "Several persons"
+        told = "; ".join(_group(size, group, noun) for size, group in groups.items())
+        yield f"{several} are protected less: {told}."
     yield f"In the terms of the field: (epsilon, delta)-differential privacy; neighbours: {guarantee.adjacency}."
 
 
-def _group(size: str, group: Mapping[str, Any]) -> str:
+def _group(size: str, group: Mapping[str, Any], noun: str) -> str:
     if group["epsilon"] is None:
-        return f"{size} images together not at all"
+        return f"{size} {noun}s together not at all"
     return f"{size} together by epsilon {round_up(group['epsilon'])}, delta {round_up(group['delta'])}"
 
 
 def _mechanisms(guarantee: Guarantee) -> Iterator[str]:
     for mechanism in guarantee.mechanisms:
-        yield f"{MEANING.get(mechanism.name, mechanism.name)}: {_use(mechanism)}"
+        yield f"{MEANING.get(mechanism.name, mechanism.name)}: {_use(mechanism, guarantee.noun)}"
     yield f"In a step of training the pull of {guarantee.unit} was cut to length {guarantee.clipping_norm:g}."
 
 
-def _use(mechanism: Mechanism) -> str:
+def _use(mechanism: Mechanism, noun: str) -> str:
     times = "once" if mechanism.num_steps == 1 else f"{mechanism.num_steps:,} times"
-    part = "all images" if mechanism.sampling_rate == 1 else f"each image with chance {mechanism.sampling_rate:.4g}"
+    part = f"all {noun}s" if mechanism.sampling_rate == 1 else f"each {noun} with chance {mechanism.sampling_rate:.4g}"
     noise = f"noise of {mechanism.noise_multiplier:.5g} times the largest pull that one of them can have"
     return f"{times}, {part}, under random {noise}."
 

@@ -122,8 +122,8 @@ def num_iterations(num_epochs: float, dataset_size: int, expected_batch_size: in
     return int(num_epochs * dataset_size // expected_batch_size)
 
 
-def sampling_rate(expected_batch_size: int, dataset_size: int) -> float:
-    """Returns q = expected_batch_size / N.
+def sampling_rate(expected_batch_size: int, dataset_size: int, unit: str = "image") -> float:
+    """Returns q = expected_batch_size / N, where ``unit`` is what a record is called.
 
     Raises:
         InputError: if the batch is empty or larger than the data set.
@@ -132,13 +132,13 @@ def sampling_rate(expected_batch_size: int, dataset_size: int) -> float:
         raise InputError(f"Expected train.expected_batch_size >= 1, got {expected_batch_size}.")
     if expected_batch_size > dataset_size:
         raise InputError(
-            f"Expected train.expected_batch_size <= {dataset_size} (the number of images), got {expected_batch_size}: "
+            f"Expected train.expected_batch_size <= {dataset_size} (the number of {unit}s), got {expected_batch_size}: "
             "choose a smaller batch."
         )
     return expected_batch_size / dataset_size
 
 
-def check_delta_for(delta: float, dataset_size: int) -> str | None:
+def check_delta_for(delta: float, dataset_size: int, unit: str = "image") -> str | None:
     """Refuses a delta that allows publishing a record; returns a warning for one that is merely large, or None.
 
     A mechanism that publishes one random record satisfies (0, 1/N)-differential privacy, so delta >= 1/N says nothing.
@@ -146,13 +146,13 @@ def check_delta_for(delta: float, dataset_size: int) -> str | None:
     _check_delta(delta)
     if delta >= 1 / dataset_size:
         raise InputError(
-            f"Expected delta < 1/N = {1 / dataset_size:.3g} for {dataset_size} images, got {delta:g}: such a delta "
-            f"permits publishing a whole image; use {default_delta(dataset_size):g}."
+            f"Expected delta < 1/N = {1 / dataset_size:.3g} for {dataset_size} {unit}s, got {delta:g}: such a delta "
+            f"permits publishing a whole {unit}; use {default_delta(dataset_size):g}."
         )
     if delta > 1 / (10 * dataset_size):
         return (
             f"delta={delta:g} is above 1/(10 N) = {1 / (10 * dataset_size):.3g}; "
-            f"{default_delta(dataset_size):g} is customary for {dataset_size} images."
+            f"{default_delta(dataset_size):g} is customary for {dataset_size} {unit}s."
         )
     return None
 
