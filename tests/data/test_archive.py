@@ -161,12 +161,15 @@ def test_a_full_disk_leaves_the_older_archive(tmp_path: Path, monkeypatch: pytes
     assert path.read_bytes() == before
 
 
-def test_fingerprint_names_the_pixels_and_labels(tmp_path: Path) -> None:
+def test_fingerprint_names_the_images_and_labels(tmp_path: Path) -> None:
     images = random_images(3, 1, 2)
     archive = ImageArchive(write(tmp_path / "a.zip", images, [0, 1, 1]))
-    head = b'{"shape": [3, 1, 2, 2], "labelled": true}'
+    head = b'{"images": 3, "labelled": true, "grouped": false}'
     labels = bytes([0] * 8 + [1] + [0] * 7 + [1] + [0] * 7)
-    expected = hashlib.sha256(head + labels + images.tobytes()).hexdigest()
+    with zipfile.ZipFile(archive.path) as members:
+        files = [members.read(f"00000/img{index:08d}.png") for index in range(3)]
+    sized = b"".join(len(content).to_bytes(8, "little") + content for content in files)
+    expected = hashlib.sha256(head + labels + sized).hexdigest()
     assert archive.fingerprint() == expected
 
     def other(name: str, images: NDArray[np.uint8], labels: list[int] | None) -> str:
@@ -186,11 +189,15 @@ def test_fingerprint_names_the_pixels_and_labels(tmp_path: Path) -> None:
         )
         == 5
     )
-    # Another encoder's file of the same pixels is the same data.
-    buffer = io.BytesIO()
-    Image.fromarray(images[0, 0]).save(buffer, "PNG", compress_level=0)
-    path = rewrite(tmp_path / "a.zip", {"00000/img00000000.png": buffer.getvalue()})
-    assert ImageArchive(path).fingerprint() == expected
+
+
+def test_fingerprint_names_a_damaged_image(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.zip", random_images(3))
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"IDAT") + 6] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"img00000002\.png: cannot be read from the zip"):
+        ImageArchive(path).fingerprint()
 
 
 def test_check_names_every_bad_image(tmp_path: Path) -> None:
