@@ -289,8 +289,8 @@ def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) ->
             )
     if old.get("key") != new["key"]:
         raise InputError(
-            f"Expected the key with which the run in {workdir.root} began, got another in {workdir.key}: put it back, "
-            "or start a new run."
+            f"Expected the key in {workdir.key} to be the one that {workdir.ledger} names, got another: one of the two "
+            "is another run's or damaged; put it back, or start a new run."
         )
 
 
