@@ -269,13 +269,30 @@ def test_two_at_once_do_not_disturb_each_other(
 
     def slow(*arguments: Any, **settings: Any) -> Any:
         monkeypatch.setattr("dpdm.generate.sample", sample)
-        make_samples(denoiser, config("sampler.seed=1"), folder=folder, num_images=2)  # begins later, is done earlier
+        with pytest.raises(InputError, match="no other process that draws"):
+            make_samples(denoiser, config("sampler.seed=1"), folder=folder, num_images=2)
+        return sample(*arguments, **settings)
+
+    monkeypatch.setattr("dpdm.generate.sample", slow)
+    make_samples(denoiser, config(), folder=folder, num_images=2)
+    assert np.array_equal(read_folder(folder)[0], draw(denoiser, config(), num_images=2)[0])
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_files_that_came_meanwhile_are_kept(
+    denoiser: Denoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "samples"
+
+    def slow(*arguments: Any, **settings: Any) -> Any:
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
         return sample(*arguments, **settings)
 
     monkeypatch.setattr("dpdm.generate.sample", slow)
     with pytest.raises(InputError, match="empty folder"):
         make_samples(denoiser, config(), folder=folder, archive=tmp_path / "a.zip", num_images=2)
-    assert np.array_equal(read_folder(folder)[0], draw(denoiser, config("sampler.seed=1"), num_images=2)[0])
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
     assert list(tmp_path.iterdir()) == [folder]
 
 

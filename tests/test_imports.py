@@ -41,7 +41,7 @@ LAYERS = (
 BASE = {"distributed", "errors", "fetching", "files", "progress", "untrusted"}  # what a room may import beside itself
 # Within the last row; __init__ imports release only when load_denoiser is asked for.
 WITHIN_LAST = {
-    "workdir": {"errors"},
+    "workdir": {"errors", "files"},
     "device": {"distributed", "errors"},
     "files": {"errors"},
     "fetching": {"errors", "files", "progress"},

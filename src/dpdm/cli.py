@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -225,6 +226,7 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
     run = Workdir(workdir)
     files, overrides = _split(config, words)
     if resume and not files and run.ledger.exists():
+        configs.check_whole(run.config)
         files = [str(run.config)]
     asked = configs.load(files, overrides)
     if processes := launch.processes_to_start(asked, overrides):
@@ -583,11 +585,14 @@ def _unexpected(error: Exception) -> int:
     if os.environ.get("DPDM_DEBUG") == "1":
         traceback.print_exc()
         return _fail(what, 1)
-    with tempfile.NamedTemporaryFile("w", prefix="dpdm-", suffix=".log", delete=False, encoding="utf-8") as file:
-        traceback.print_exc(file=file)
+    where = "the traceback could not be kept; DPDM_DEBUG=1 shows it"
+    with suppress(OSError):  # the disk may be full
+        with tempfile.NamedTemporaryFile("w", prefix="dpdm-", suffix=".log", delete=False, encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        where = f"the traceback is in {file.name}"
     if isinstance(error, MemoryError) or "out of memory" in what or "allocate memory" in what:
         what += ": lower train.physical_batch_size or sampler.batch_size"
-    return _fail(f"Unexpected {what}. What was saved is kept; the traceback is in {file.name}.", 1)
+    return _fail(f"Unexpected {what}. What was saved is kept; {where}.", 1)
 
 
 def _finished(run: Workdir) -> None:

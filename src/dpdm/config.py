@@ -261,6 +261,16 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def check_whole(path: Path) -> None:
+    """Raises InputError unless a config that dpdm wrote has all its sections: one that was cut off means defaults."""
+    written = _read_yaml(path)
+    for section in SECTIONS:
+        if section not in written:
+            raise InputError(
+                f"Expected the section {section} in {path}, found none: the file is damaged; bring the run's own back."
+            )
+
+
 def run_hash(config: Config) -> str:
     """Returns a hash of what may not change when a run goes on: not where data lie, how steps are cut and watched."""
     data = replace(config.data, path=None, name=None)

@@ -5,13 +5,12 @@ processes each draws its share.
 """
 
 import csv
-import secrets
 import shutil
 import signal
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -28,7 +27,7 @@ from dpdm.diffusion.image_noise import image_labels
 from dpdm.diffusion.sampling import sample
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.grids import image_grid
-from dpdm.files import fsync
+from dpdm.files import fsync, locked
 from dpdm.progress import Progress
 
 GRID_IMAGES = 100
@@ -270,26 +269,40 @@ def _pixels(workspace: Path, there: int) -> Path:
 def _workspace(parent: Path) -> Iterator[Path]:
     """A new folder in ``parent`` for all processes, with a folder ``samples`` in it; it is removed at the end.
 
-    Removed after Ctrl-C and a request to terminate as well; torchrun makes one when a process of its has failed.
+    Removed after Ctrl-C and a request to terminate as well; torchrun makes one when a process of its has failed. What a
+    killed process left is removed by the next one.
     """
-    was_there = parent.exists()
+    held = ExitStack()
+
+    def remove_parent() -> None:
+        with suppress(OSError):  # not empty: there are samples
+            parent.rmdir()
 
     def make() -> Path:
-        path = parent / f".samples.{secrets.token_hex(6)}.tmp"
-        (path / "samples").mkdir(parents=True)
+        path = parent / ".samples.tmp"
+        if not parent.exists():
+            held.callback(remove_parent)
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            held.enter_context(locked(path / "lock"))
+        except (BlockingIOError, FileNotFoundError):
+            raise InputError(
+                f"Expected no other process that draws images into {parent}, got one: wait for it or choose another "
+                "--workdir."
+            ) from None
+        held.callback(shutil.rmtree, path, ignore_errors=True)
+        for old in path.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif old.name != "lock":
+                old.unlink()
+        (path / "samples").mkdir()
         return path
 
     with _termination_interrupts():
-        path = distributed.on_main(make)
         try:
-            try:
-                yield path
-            finally:
-                if distributed.is_main():
-                    shutil.rmtree(path, ignore_errors=True)
-                    if not was_there:
-                        with suppress(OSError):  # not empty: there are samples
-                            parent.rmdir()
+            with held:
+                yield distributed.on_main(make)
         except Exception:
             with suppress(RunError):
                 distributed.barrier()  # once a process has gone torchrun ends the others, so not while one cleans up

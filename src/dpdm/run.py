@@ -6,6 +6,7 @@ rank 0 alone; the other processes are handed what they need for a step, never th
 
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -231,20 +232,29 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
         if not (exists or given):  # nothing was bought: leave the folder as it was found
             workdir.train_archive.unlink(missing_ok=True)
         raise
+    if exists:
+        key = _read_key(workdir)
+    else:
+        key = noise.new_key() if config.dp.seed is None else noise.test_key(config.dp.seed)
     fingerprint = archive.fingerprint()
     header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": configs.run_hash(config)}
+    header["key"] = noise.derive_key(key, "its name in the ledger").hex()
     if exists:
         ledger = Ledger(workdir.ledger, repair=True)
         _check_header(ledger.header, header, workdir)
-        key = _read_key(workdir)
     else:
         configs.save(config, workdir.config)
-        key = noise.new_key() if config.dp.seed is None else noise.test_key(config.dp.seed)
         _write_key(workdir, key)
         ledger = Ledger.create(workdir.ledger, header)
     run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size(config, total_memory(device)))
     books = Books(run, workdir, ledger, key, execution(device))
     if not workdir.checkpoint.exists():
+        if lost := ledger.spent("DP-SGD"):  # there is a checkpoint before the first step
+            print(
+                f"dpdm: Expected a checkpoint at {workdir.checkpoint}, found none: {lost} steps are done again; what "
+                "cannot be repeated bit for bit is charged again.",
+                file=sys.stderr,
+            )
         return run, books, fresh_state(denoiser)
     state, facts = checkpoint.load(workdir.checkpoint)
     checkpoint.check_accounted(state, facts, ledger)
@@ -275,9 +285,14 @@ def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) ->
     for part, what in (("data", "images"), ("config", "config"), ("plan", "privacy plan")):
         if old.get(part) != new[part]:
             raise InputError(
-                f"Expected the {what} with which the run in {workdir.root} began, got others: resume with "
-                f"--config {workdir.config} and the same data, or choose another --workdir."
+                f"Expected the {what} with which the run in {workdir.root} began, got others: resume without --config "
+                f"and with the same data, undo any change of {workdir.config}, or choose another --workdir."
             )
+    if old.get("key") != new["key"]:
+        raise InputError(
+            f"Expected the key in {workdir.key} to be the one that {workdir.ledger} names, got another: one of the two "
+            "is another run's or damaged; put it back, or start a new run."
+        )
 
 
 def _write_key(workdir: Workdir, key: bytes) -> None:

@@ -1,14 +1,14 @@
 """Names of what a run's folder holds, and the lock that keeps two runs out of one folder."""
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpdm.errors import InputError
+from dpdm.files import locked
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,13 @@ class Workdir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for this process; the lock is gone when the process is. May be nested.
+        """Holds the folder for this process; the lock is gone when the process is (see ``locked``). May be nested.
 
-        What it made itself is removed again if an error comes before anything else was written.
+        Files that a killed process was writing are removed first. What it made itself is removed again if an error
+        comes before anything else was written.
+
+        Guarantee: two processes never buy from one ledger at a time, unless they are on machines whose locks do not
+        hold for each other. So what one has read of the ledger stays all that was bought.
 
         Raises:
             InputError: if another process holds the folder, or it cannot be written to.
@@ -114,14 +118,18 @@ class Workdir:
         new = [path for path in (self.private, self.root, *self.root.parents) if not path.exists()]
         self.make_private()
         path = self.private / "lock"
-        with path.open("w") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(locked(path))
+            except (BlockingIOError, FileNotFoundError):  # or its holder has just removed what it had made
                 raise InputError(
                     f"Expected no other run in {self.root}, got one that is at work: wait for it or choose another "
                     "--workdir."
                 ) from None
+            except InputError:
+                _remove_if_empty(path, new)
+                raise
+            self._remove_unfinished()
             _held.add(root)
             try:
                 yield
@@ -130,6 +138,14 @@ class Workdir:
                 raise
             finally:
                 _held.discard(root)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what ``atomic_path`` had begun in a process that was killed; for the holder of the lock."""
+        unfinished = list(self.private.rglob(".*.tmp"))
+        for path in (self.config, self.report, self.shareable):
+            unfinished += path.parent.glob(f".{path.name}.*.tmp")
+        for path in unfinished:
+            path.unlink(missing_ok=True)
 
 
 _held: set[Path] = set()  # folders that this process has locked

@@ -94,3 +94,51 @@ def test_a_missing_ledger_is_an_error(tmp_path: Path) -> None:
 def test_a_ledger_is_never_started_over(ledger: Ledger) -> None:
     with pytest.raises(FileExistsError):
         Ledger.create(ledger.path, {})
+
+
+def test_no_bit_of_the_last_line_can_change_unnoticed(ledger: Ledger) -> None:
+    """No later line holds its hash, and no checkpoint names it yet: it alone says what was bought last."""
+    ledger.reserve(STEP, "a")
+    ledger.reserve(STEP, "b")
+    content = ledger.path.read_bytes()
+    start = content.rindex(b"\n", 0, -1) + 1
+    for bit in range(8 * start, 8 * (len(content) - 1), 5):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        ledger.path.write_bytes(damaged)
+        with pytest.raises(RunError, match="ledger"):
+            Ledger(ledger.path)
+
+
+def test_a_ledger_appears_with_its_header_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    fsync = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.append((tmp_path / "ledger.jsonl").exists())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    Ledger.create(tmp_path / "ledger.jsonl", {"dataset_size": 100})
+    assert seen == [False, True]  # its content, then its name
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_full_disk_is_named_and_the_step_not_sold(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    write = os.write
+
+    def write_some(descriptor: int, content: bytes) -> int:
+        if not room:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, content[:room])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write_some)
+        with pytest.raises(RunError, match=r"ledger\.jsonl: No space left"):
+            ledger.reserve(STEP, "a")
+    assert not ledger.was_charged("a")
+    with pytest.raises(RunError, match="repair"):  # a line behind half a one would be lost
+        ledger.reserve(STEP, "a")
+    again = Ledger(ledger.path, repair=True)
+    assert again.spent("DP-SGD") == 0
+    assert again.reserve(STEP, "a")

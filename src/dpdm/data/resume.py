@@ -7,7 +7,6 @@ at, going on takes over the records whose digit and whole image are there, in or
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import BinaryIO
 
 from dpdm.data.archive import ArchiveBody
 from dpdm.errors import InputError, RunError
-from dpdm.files import fsync
+from dpdm.files import fsync, locked
 
 
 class Unfinished:
@@ -93,8 +92,10 @@ def unfinished(
                 for body in work.bodies:
                     body.finish()
                 work.flush()
-                for file, partial, dest in zip(opened, partials, dests, strict=True):
+                for file in opened:
                     os.fsync(file.fileno())
+                journal.unlink()  # first: killed after this, all begins anew, but nothing is left behind for good
+                for partial, dest in zip(partials, dests, strict=True):
                     partial.replace(dest)
                     fsync(dest.parent)
             except InputError:
@@ -102,7 +103,6 @@ def unfinished(
                     partial.unlink(missing_ok=True)
                 journal.unlink(missing_ok=True)
                 raise
-            journal.unlink()
     except OSError as error:
         raise RunError(
             f"Cannot write {dests[0]}: {error}; what was finished is kept, and the same command goes on."
@@ -119,14 +119,10 @@ def _open(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def _locked(path: Path, dest: Path) -> Iterator[BinaryIO]:
-    """Opens a file for this process alone; the lock is gone when the process is."""
-    with _open(path) as file:
+    """Opens a file for this process alone; see ``locked``. Another may have made an archive of this very file."""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking another process may have finished, and made an archive of this very file.
-            ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+            file = held.enter_context(locked(path))
         except BlockingIOError:
-            ours = False
-        if not ours:
-            raise InputError(f"Expected no other process that writes {dest}, got one: wait for it.")
+            raise InputError(f"Expected no other process that writes {dest}, got one: wait for it.") from None
         yield file

@@ -1,9 +1,11 @@
 """What has been bought from the data: an append-only file, written and synced before each purchase.
 
-One JSON object a line. Each holds the SHA-256 of the line before it, so that a changed, removed or reordered line is
-noticed (a consistent rollback of the whole folder cannot be). Imports no torch.
+One JSON object a line. Each holds the SHA-256 of the line before it and one of itself, so that a changed, removed or
+reordered line is noticed. That lines are missing at the end only the checkpoint can tell, which names the last one of
+its time; a consistent rollback of the whole folder nothing can. Imports no torch.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdm.errors import RunError
-from dpdm.files import fsync
+from dpdm.files import write_text
 from dpdm.privacy.accounting import Mechanism
 
 GENESIS = "0" * 64
@@ -61,14 +63,13 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path, header: dict[str, Any]) -> "Ledger":
-        """Starts a ledger; the file must not exist."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"previous": GENESIS, "header": header}, sort_keys=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fsync(path.parent)
+        """Starts a ledger, which appears with its header or not at all; the file must not exist.
+
+        Whoever calls this holds the folder's lock, so nobody else makes the file meanwhile.
+        """
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        write_text(path, _line({"previous": GENESIS, "header": header}).decode() + "\n")
         return cls(path)
 
     def reserve(self, mechanism: Mechanism, identity: str) -> bool:
@@ -77,6 +78,9 @@ class Ledger:
         Args:
             mechanism: what is bought; its ``num_steps`` must be 1.
             identity: of everything that the outcome depends on, randomness included.
+
+        Raises:
+            RunError: if it cannot be written; then nothing may be drawn.
         """
         if mechanism.num_steps != 1:
             raise ValueError(f"Expected a purchase of one step, got {mechanism.num_steps}.")
@@ -85,16 +89,26 @@ class Ledger:
         if self._torn:
             raise RunError(f"Expected ledger {self.path} to end with a whole line: open it with repair=True.")
         entry = {"previous": self._last, "spend": mechanism.as_dict(), "identity": identity}
-        line = json.dumps(entry, sort_keys=True).encode() + b"\n"
+        line = _line(entry)
+        try:
+            self._append(line + b"\n")
+        except OSError as error:
+            self._torn = True  # part of the line may be there
+            raise RunError(
+                f"Could not write {self.path}: {error.strerror}; nothing was drawn for this step. Free some space and "
+                "go on with the same command (dpdm train: add --resume)."
+            ) from None
+        self._read(line, number=-1)
+        return True
+
+    def _append(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             if os.write(descriptor, line) != len(line):
-                raise RunError(f"Expected to write {len(line)} bytes to {self.path}: the disk is full.")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        self._read(line[:-1], number=-1)
-        return True
 
     def spent(self, name: str) -> int:
         """Returns how many uses of the mechanism called ``name`` were charged."""
@@ -118,6 +132,9 @@ class Ledger:
     def _read(self, line: bytes, number: int) -> None:
         try:
             entry = json.loads(line)
+            del entry["checksum"]
+            if _line(entry) != line:
+                raise ValueError("its checksum differs")
             if entry["previous"] != self._last:
                 raise ValueError("its chain of hashes is broken")
             if self._last == GENESIS:
@@ -133,3 +150,9 @@ class Ledger:
             ) from None
         self._last = hashlib.sha256(line).hexdigest()
         self._hashes.add(self._last)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    """Returns an entry as JSON with a checksum of itself: nothing else vouches for the last line."""
+    checksum = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**entry, "checksum": checksum}, sort_keys=True).encode()
