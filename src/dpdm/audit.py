@@ -283,7 +283,7 @@ def check(audit: StepAudit | RunAudit) -> None:
 
 def default_run_config(overrides: Sequence[str]) -> Config:
     """Returns the recipe for the digits at epsilon 10, or at the overrides' own target, without central images."""
-    images = {"dataset_size": NUM_DIGITS, "resolution": SIDE, "num_channels": 1, "num_classes": 10}
+    images: dict[str, Any] = {"dataset_size": NUM_DIGITS, "resolution": SIDE, "num_channels": 1, "num_classes": 10}
     values = recipe(**images, epsilon=10.0, delta=1e-5)
     targets = ("dp.epsilon=", "dp.noise_multiplier=")
     if not any(override.startswith(targets) for override in overrides):
