@@ -37,7 +37,8 @@ def folder_of_images(root: Path, side: int, count: int) -> None:
 
 
 def test_the_readme_has_the_commands() -> None:
-    assert [command[0] for command in commands()] == ["synthesize", "account", "train", "release", "sample", "verify"]
+    names = ["synthesize", "account", "train", "release", "sample", "verify", "audit"]
+    assert [command[0] for command in commands()] == names
 
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +61,8 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             extra = [*TINY, "dp.epsilon=null", "dp.noise_multiplier=1"]
         if command[0] == "sample":
             extra = ["sampler.num_steps=2"]
+        if command[0] == "audit":
+            extra = ["--trials", "100", "--confidence", "0.999999"]
         assert run_command([*command, *extra]) == 0, command
     assert (tmp_path / "runs/mine/report.html").exists()
     assert len(list((tmp_path / "runs/mnist/samples").glob("0*.png"))) == 100
