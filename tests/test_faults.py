@@ -177,8 +177,9 @@ def test_a_run_that_is_killed_again_and_again_ends_on_the_same_bits(
     chain.check_ended_as_undisturbed()
 
 
-# In turn: the archive is written, not renamed; the key; the ledger; half of its first purchase; of the first checkpoint;
-# of a step's purchase; of the next checkpoint; it has its name, its folder is not synced; a step is bought, not drawn.
+# In turn: the archive is written, not renamed; the key; the ledger; half of its first purchase; of the first
+# checkpoint; of a step's purchase; of the next checkpoint; it has its name, its folder is not synced; a step is bought,
+# not drawn.
 KILLS = (
     (13, "before"),
     (23, "before"),
@@ -218,13 +219,14 @@ def test_fifty_kills_at_random_moments(server: Server, tmp_path: Path) -> None:
 def test_kills_at_every_write_one_after_the_other(server: Server, images: Path, tmp_path: Path) -> None:
     """The n-th process dies at its n-th write: all of a start, then step by step."""
     for how in ("before", "half", "after"):
-        chain, number, status = Chain(server, tmp_path / how, str(images)), 0, KILLED
+        chain, number, status, said = Chain(server, tmp_path / how, str(images)), 0, KILLED, ""
         while status == KILLED:
             number += 1
             status, said = chain.go_on(kill=number, how=how)
         assert status == 0, said
         assert number > 20
         chain.check_ended_as_undisturbed()
+        print(f"{number - 1} kills {how} a write")
 
 
 def test_preparing_that_is_killed_ends_with_the_same_bytes(server: Server, images: Path, tmp_path: Path) -> None:
@@ -272,13 +274,14 @@ def test_a_release_that_is_killed_appears_whole_or_not_at_all(server: Server, st
 @pytest.mark.slow
 def test_the_whole_way_under_kills(server: Server, images: Path, tmp_path: Path) -> None:
     keys = [key for key in TINY if "noise_multiplier" not in key or "warmup" in key]
-    run, chance, kills, status = Workdir(tmp_path / "w"), random.Random(0), 0, KILLED
+    run, chance, kills, status, said = Workdir(tmp_path / "w"), random.Random(0), 0, KILLED, ""
     command = ["synthesize", images, "--epsilon", 1, "--workdir", run.root, "--num-images", 8, "--", *keys]
     while status == KILLED:
         fault = {"kill": chance.randint(1, 20 + 10 * kills), "how": chance.choice(["before", "half", "after"])}
         status, said = server(*command, "sampler.num_steps=2", "train.num_epochs=null", **fault)
         kills += status == KILLED
     assert (run.shareable.exists(), kills > 8) == (True, True), said
+    print(f"{kills} kills")
     assert verify(run.release).problems == []
     assert Ledger(run.ledger).spent("DP-SGD") == STEPS
     assert hidden(run.root) == []
@@ -333,6 +336,7 @@ def test_no_room_from_any_write_on(server: Server, images: Path, tmp_path: Path)
             check_full(status, said, chain)
     assert number > 20
     chain.check_ended_as_undisturbed()
+    print(f"{number - 1} times no room")
 
 
 @pytest.mark.slow
@@ -354,6 +358,7 @@ def test_a_small_disk(server: Server, images: Path, tmp_path: Path) -> None:
                 size += 4
                 subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
         assert times > 5
+        print(f"{times} times full")
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         chain.check_ended_as_undisturbed()
     finally:
