@@ -280,7 +280,7 @@ def test_the_whole_way_under_kills(server: Server, images: Path, tmp_path: Path)
         fault = {"kill": chance.randint(1, 20 + 10 * kills), "how": chance.choice(["before", "half", "after"])}
         status, said = server(*command, "sampler.num_steps=2", "train.num_epochs=null", **fault)
         kills += status == KILLED
-    assert (run.shareable.exists(), kills > 8) == (True, True), said
+    assert (run.shareable.exists(), kills > 5) == (True, True), said
     print(f"{kills} kills")
     assert verify(run.release).problems == []
     assert Ledger(run.ledger).spent("DP-SGD") == STEPS
