@@ -206,6 +206,9 @@ class _Conv2d(torch.autograd.Function):
 
 def _input_gradient(x: Tensor, grad: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any]) -> Tensor:
     """Returns a convolution's gradient with respect to its input, of x's shape and in the usual layout."""
+    if weight.shape[2:] == (1, 1) and geometry == POINTWISE:
+        turned = weight.flatten(1).t().expand(len(x), -1, -1)
+        return torch.bmm(turned, grad.flatten(2)).view(x.shape)
     # Only its shape and layout are read. Where x is channels_last the gradient would be, too, and cost copies later.
     like = x if x.is_contiguous() else grad.new_empty(x.shape)
     return torch.ops.aten.convolution_backward(
