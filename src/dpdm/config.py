@@ -40,6 +40,7 @@ MAX_CONFIG_BYTES = 2**19
 MAX_DEPTH = 8
 BYTES_PER_WEIGHT = 4
 
+
 @dataclass(frozen=True)
 class DataConfig:
     """The images.
@@ -329,8 +330,8 @@ def build_denoiser(config: Config) -> Denoiser:
     memory = total_memory(torch.device("cpu"))
     if BYTES_PER_WEIGHT * num_weights > memory:
         raise InputError(
-            f"Expected a network that fits into {memory / 2**30:.0f} GiB of memory, got one of {num_weights:.3g} weights: "
-            "lower model.network.width, channel_multipliers or num_res_blocks."
+            f"Expected a network that fits into {memory / 2**30:.0f} GiB of memory, got one of {num_weights:.3g} "
+            "weights: lower model.network.width, channel_multipliers or num_res_blocks."
         )
     network = UNet(config.model.network, **shape, generator=torch.Generator().manual_seed(config.train.seed))
     return Denoiser(
@@ -403,14 +404,17 @@ def parse_yaml(text: str) -> Any:
 def check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
     """Raises InputError unless a value from YAML is made of sections, lists, texts, numbers, true, false and null.
 
-    Whole numbers are to fit 64 bits, texts to be writable as UTF-8. ``${`` is refused: OmegaConf would look elsewhere for
-    what it names, in the environment even, and a config is published with the model.
+    Whole numbers are to fit 64 bits, texts to be writable as UTF-8. ``${`` is refused: OmegaConf would look elsewhere
+    for what it names, in the environment even, and a config is published with the model.
     """
     what = None
     if isinstance(value, dict) and depth < MAX_DEPTH:
         for name, item in value.items():
             if not isinstance(name, str):
-                raise InputError(f"Expected names as keys in {where}, got a {type(name).__name__} in {key or 'it'}.")
+                shown = name if isinstance(name, int) and name.bit_length() < 64 else f"a {type(name).__name__}"
+                raise InputError(
+                    f"Expected a known key in {where}, got {shown}: the sections are {', '.join(SECTIONS)}."
+                )
             check_plain(name, where, "a key", depth + 1)
             check_plain(item, where, f"{key}.{name}".lstrip("."), depth + 1)
     elif isinstance(value, list) and depth < MAX_DEPTH:

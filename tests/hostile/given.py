@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tests.cifar_file import batch, meta
+from tests.made_release import KEYS, make_release
 
 from dpdm import config as configs
 from dpdm.cli import run_command
 from dpdm.data.archive import ArchiveWriter
-from tests.cifar_file import batch, meta
-from tests.made_release import KEYS, make_release
 
 SIDE = 8
 TINY = (
@@ -45,6 +45,8 @@ def make_given(folder: Path) -> Path:
     make_idx(folder / "idx")
     make_celeba(folder / "celeba")
     (folder / "cifar.tar.gz").write_bytes(make_cifar())
+    (folder / "cifar.tar").write_bytes(gzip.decompress((folder / "cifar.tar.gz").read_bytes()))
+    np.savez(folder / "samples.npz", pixels[..., None])
     (folder / "model.pth").write_bytes(make_original())
     (folder / "stats.npz").write_bytes(make_statistics())
     (folder / "config.yaml").write_text(configs.to_yaml(configs.load([], TINY)))
@@ -85,7 +87,9 @@ def make_celeba(folder: Path) -> None:
     (folder / "img").mkdir(parents=True)
     for name in names:
         Image.fromarray(np.full((SIDE, SIDE, 3), int(name[:6]) * 9, np.uint8)).save(folder / "img" / name)
-    (folder / "list_eval_partition.txt").write_text("".join(f"{name} {n % 3 // 2 * 2}\n" for n, name in enumerate(names)))
+    (folder / "list_eval_partition.txt").write_text(
+        "".join(f"{name} {n % 3 // 2 * 2}\n" for n, name in enumerate(names))
+    )
     rows = "".join(f"{name} {1 - 2 * (n % 2)} -1\n" for n, name in enumerate(names))
     (folder / "list_attr_celeba.txt").write_text(f"{len(names)}\nSmiling Young\n{rows}")
 

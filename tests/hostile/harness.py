@@ -29,6 +29,7 @@ from dpdm.errors import RunError
 SECONDS = 10
 SECONDS_OF_WAITING = 60
 BYTES = 2 * 2**30
+NOTES = ("dpdm: warning", "dpdm: keys that mean nothing here")
 STOPPED = "the test stops here what would go on to train or draw"
 
 
@@ -95,7 +96,12 @@ class Sandbox:
     def attempt_command(self, *words: object) -> Outcome:
         """Runs a real command in a process of its own."""
         arguments, before = [self.place(str(word)) for word in words], self._outside()
-        environment = {**os.environ, "HOME": str(self.home), "TMPDIR": str(self.temporary), "https_proxy": "http://[::1]:9"}
+        environment = {
+            **os.environ,
+            "HOME": str(self.home),
+            "TMPDIR": str(self.temporary),
+            "https_proxy": "http://[::1]:9",
+        }
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "dpdm", *arguments],
@@ -130,7 +136,7 @@ class Sandbox:
             problems.append(f"ended with status {status}")
         if "Traceback" in out + err or "dpdm: Unexpected" in err:
             problems.append("failed by an error that nobody foresaw")
-        complaints = [line for line in err.split("\n") if line.startswith("dpdm: ") and "dpdm: warning" not in line]
+        complaints = [line for line in err.split("\n") if line.startswith("dpdm: ") and not line.startswith(NOTES)]
         listed = "verify" in arguments  # it names each problem, then what follows from them
         if status in (1, 2) and not (complaints and err.rstrip("\n").endswith(complaints[-1])):
             problems.append("did not end with its complaint")

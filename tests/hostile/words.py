@@ -7,13 +7,21 @@ from typing import Any
 import click
 import yaml
 from hypothesis import strategies as st
+from tests.hostile.given import TINY
 
 from dpdm import reference
 from dpdm.cli import app
 from dpdm.config import KNOWN_KEYS, SECTIONS
-from tests.hostile.given import TINY
 
-REFERENCES = ("${oc.env:HOME}", "${train.seed}", "${", "${oc.decode:1}", "${.seed}", "${data.path}${data.path}", "$${x}")
+REFERENCES = (
+    "${oc.env:HOME}",
+    "${train.seed}",
+    "${",
+    "${oc.decode:1}",
+    "${.seed}",
+    "${data.path}${data.path}",
+    "$${x}",
+)
 READ = (
     "@given/images",
     "@given/archive.zip",
@@ -57,13 +65,21 @@ WRITTEN = (
     "/proc/nothing/x.zip",
 )
 TEXTS = st.one_of(
-    st.sampled_from((*REFERENCES, *READ, "edm", "cpu", "cuda:99", "meta", "linear", "nan", ".inf", "1e5", "0x10", "null")),
-    st.sampled_from(("x" * 100_000, "\x1b[2J", "a\nb", "é💥\u202e", "\udcff", "9" * 5000, "[" * 5000, "2024-01-01", "1:30")),
+    st.sampled_from(
+        (*REFERENCES, *READ, "edm", "cpu", "cuda:99", "meta", "linear", "nan", ".inf", "1e5", "0x10", "null")
+    ),
+    st.sampled_from(
+        ("x" * 100_000, "\x1b[2J", "a\nb", "é💥\u202e", "\udcff", "9" * 5000, "[" * 5000, "2024-01-01", "1:30")
+    ),
     st.text(st.characters(exclude_characters="\0", exclude_categories=()), max_size=12),
 )
 NUMBERS = st.one_of(
-    st.sampled_from((0, 1, 2, 3, 4, 6, 8, 16, 32, 60, 100, 1000, -1, 10**4, 10**6, 10**9, 2**31, 2**63 - 1, 2**63, 10**30)),
-    st.sampled_from((0.0, -0.0, 0.1, 0.5, 0.999, 1.0, 1e-5, 1e-300, 5e-324, 1e308, -1e308, math.nan, math.inf, -math.inf)),
+    st.sampled_from(
+        (0, 1, 2, 3, 4, 6, 8, 16, 32, 60, 100, 1000, -1, 10**4, 10**6, 10**9, 2**31, 2**63 - 1, 2**63, 10**30)
+    ),
+    st.sampled_from(
+        (0.0, -0.0, 0.1, 0.5, 0.999, 1.0, 1e-5, 1e-300, 5e-324, 1e308, -1e308, math.nan, math.inf, -math.inf)
+    ),
     st.integers(),
     st.floats(),
     st.just(10**400),
@@ -74,17 +90,34 @@ VALUES = st.one_of(
     SCALARS,
     st.lists(SCALARS, max_size=4),
     st.sampled_from(([1] * 2000, [[[]]], {"a": {"b": None}}, [1, 2, 2], [8], [2**40], {"": 1})),
-    st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2), max_leaves=6),
+    st.recursive(
+        SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2), max_leaves=6
+    ),
 )
 KEYS = st.one_of(
     st.sampled_from(KNOWN_KEYS),
     st.sampled_from(KNOWN_KEYS),
     st.sampled_from((*reference.ALIASES, *reference.MEANINGLESS, *reference.ONLY_CHOICE, "model.network.use_cfg")),
-    st.sampled_from((*SECTIONS, "model.network", "train.warmup", "trian.seed", "a.b.c.d", "a..b", ".", "", "__class__", "data.path.x")),
+    st.sampled_from(
+        (
+            *SECTIONS,
+            "model.network",
+            "train.warmup",
+            "trian.seed",
+            "a.b.c.d",
+            "a..b",
+            ".",
+            "",
+            "__class__",
+            "data.path.x",
+        )
+    ),
 )
 DOCUMENTS = (
     b"a: &a [x, x, x, x, x, x, x, x, x]\n"
-    + b"".join(b"%c: &%c [*%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c]\n" % (n, n, *[n - 1] * 9) for n in b"bcdefghijk"),
+    + b"".join(
+        b"%c: &%c [*%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c]\n" % (n, n, *[n - 1] * 9) for n in b"bcdefghijk"
+    ),
     b"data: &a {name: *a}",
     b"data: &a [*a]",
     b"evaluation: {fid_stats: &a [*a]}",
@@ -98,9 +131,9 @@ DOCUMENTS = (
     b"? [a, b]\n: 1",
     b"? {a: b}\n: 1",
     b"1: 2\nnull: 3\ntrue: 4",
-    b"data: {path: \"a\\0b\"}",
-    b"data: {name: \"\\ud800\"}",
-    b"data: {name: \"\\e[2J\\x07\"}",
+    b'data: {path: "a\\0b"}',
+    b'data: {name: "\\ud800"}',
+    b'data: {name: "\\e[2J\\x07"}',
     b"---\na: 1\n---\nb: 2",
     b"%YAML 9.9\n---\na",
     b"%TAG ! tag:x\n---\n!y {}",
@@ -133,9 +166,20 @@ DOCUMENTS = (
 @st.composite
 def overrides(draw: st.DrawFn) -> list[str]:
     """Words such as follow ``--``: sometimes on top of a config that works."""
-    base = [*TINY, draw(st.sampled_from(("data.path=@given/archive.zip", "data.path=@given/images", "model.ckpt=@given/released/release")))]
+    base = [
+        *TINY,
+        draw(
+            st.sampled_from(
+                ("data.path=@given/archive.zip", "data.path=@given/images", "model.ckpt=@given/released/release")
+            )
+        ),
+    ]
     words = [f"{draw(KEYS)}={draw(VALUES.map(_flow))}" for _ in range(draw(st.integers(0, 3)))]
-    junk = draw(st.lists(st.one_of(TEXTS, st.just("@given/config.yaml")), max_size=1)) if draw(st.integers(0, 9)) == 0 else []
+    junk = (
+        draw(st.lists(st.one_of(TEXTS, st.just("@given/config.yaml")), max_size=1))
+        if draw(st.integers(0, 9)) == 0
+        else []
+    )
     return [word.replace("\0", "") for word in [*(base if draw(st.integers(0, 3)) else []), *words, *junk]]
 
 
@@ -162,7 +206,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     """A command with options of its own and values that fit, or do not fit."""
     commands = {name: command for name, command in app.commands.items() if not isinstance(command, click.Group)}
     groups = {name: command for name, command in app.commands.items() if isinstance(command, click.Group)}
-    commands |= {f"{name} {inner}": command for name, group in groups.items() for inner, command in group.commands.items()}
+    commands |= {
+        f"{name} {inner}": command for name, group in groups.items() for inner, command in group.commands.items()
+    }
     name = draw(st.sampled_from(sorted(commands)))
     words, last = name.split(), []
     for parameter in commands[name].params:
@@ -170,7 +216,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
             if parameter.name == "workdir":
                 words += ["--workdir", draw(st.sampled_from(WRITTEN))]
             elif draw(st.integers(0, 9)) < (7 if parameter.required else 3):
-                words += [draw(st.sampled_from(parameter.opts))] + ([] if parameter.is_flag else [draw(_value(parameter))])
+                words += [draw(st.sampled_from(parameter.opts))] + (
+                    [] if parameter.is_flag else [draw(_value(parameter))]
+                )
         elif parameter.name in ("words", "overrides"):
             last = ["--", *draw(overrides())] if draw(st.integers(0, 4)) else []
         elif parameter.name == "dest":
@@ -198,7 +246,11 @@ def _flow(value: Any) -> str:
     """Returns a value as it would be written behind an equals sign."""
     if isinstance(value, str):
         return value
-    return yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+        .removesuffix("\n")
+        .removesuffix("\n...")
+    )
 
 
 def line(words: Sequence[str]) -> list[str]:

@@ -23,13 +23,16 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from dpdm.data.records import list_names
-from dpdm.data.transforms import IMAGE_SUFFIXES, load_pixels, open_image, to_array
+from dpdm.data.transforms import IMAGE_SUFFIXES, MAX_RESOLUTION, load_pixels, open_image, to_array
 from dpdm.data.zips import ZipReader, directory, local_header
 from dpdm.errors import InputError, RunError
 from dpdm.files import atomic_path
 
 LABELS_NAME = "dataset.json"
 MAX_BYTES_IN_MEMORY = 256 * 2**20
+BYTES_PER_PASS = 64 * 2**20
+LABEL_BYTES, BYTES_PER_CHARACTER = 256, 6  # of dataset.json, at most: for an image, and for a character of its name
+MAX_CLASS_NAMES_BYTES = 16 * 2**20
 MAX_CLASSES = 1_000_000  # a label beyond it is a mistake, and would ask for an embedding of its size
 IMAGES_PER_FOLDER = 1000
 IMAGES_PER_PASS = 1024
@@ -273,8 +276,9 @@ class ImageArchive:
             digest = hashlib.sha256(head.encode())
             if self.labels is not None:
                 digest.update(self.labels.astype("<i8").tobytes())
-            for start in range(0, self.num_images, IMAGES_PER_PASS):
-                images = self.read(np.arange(start, min(start + IMAGES_PER_PASS, self.num_images)))
+            step = max(1, min(IMAGES_PER_PASS, BYTES_PER_PASS // int(np.prod(shape[1:]))))
+            for start in range(0, self.num_images, step):
+                images = self.read(np.arange(start, min(start + step, self.num_images)))
                 digest.update(images.tobytes())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -290,6 +294,11 @@ class ImageArchive:
                 raise InputError(
                     f"{self._where(index)}: expected a square 8-bit grey or RGB image, got {image.mode} "
                     f"{image.width}x{image.height}: make the archive anew by dpdm prepare."
+                )
+            if image.width > MAX_RESOLUTION:
+                raise InputError(
+                    f"{self._where(index)}: expected at most {MAX_RESOLUTION}x{MAX_RESOLUTION}, got "
+                    f"{image.width}x{image.height}: prepare it with --resolution."
                 )
             return 1 if image.mode == "L" else 3, image.width
         raise InputError(f"{self.path}: none of its {self.num_images} images can be read: make it anew.")
@@ -326,10 +335,14 @@ def parse_labels(content: bytes, names: Sequence[str], where: str) -> tuple[NDAr
         InputError: if it has another form, or names other images than ``names``.
     """
     where = f"{where}: {LABELS_NAME}"
+    # Brackets take ten times as much memory as bytes.
+    longest = MAX_CLASS_NAMES_BYTES + sum(LABEL_BYTES + BYTES_PER_CHARACTER * len(name) for name in names)
+    if len(content) > longest:
+        raise InputError(f"{where}: {len(content)} bytes, expected at most {longest} for {len(names)} images")
     try:
         table = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON ({error})") from error
+        raise InputError(f"{where} is not valid JSON ({str(error) or 'nested too deeply'})") from error
     if not isinstance(table, dict) or "labels" not in table:
         raise InputError(f'{where}: expected {{"labels": [[name, class], ...]}} or {{"labels": null}}')
     if table["labels"] is None:

@@ -69,8 +69,8 @@ class LossConfig:
             )
         if not 1 <= self.noise_multiplicity <= MAX_DRAWS:
             raise InputError(
-                f"Expected loss.noise_multiplicity >= 1 and <= {MAX_DRAWS}, got {self.noise_multiplicity}: the paper: 8 "
-                "or 32."
+                f"Expected loss.noise_multiplicity >= 1 and <= {MAX_DRAWS}, got {self.noise_multiplicity}: the "
+                "paper: 8 or 32."
             )
         if not 0.0 <= self.label_dropout <= 1.0:
             raise InputError(f"Expected 0 <= loss.label_dropout <= 1, got {self.label_dropout}: the paper uses 0.1.")

@@ -58,8 +58,8 @@ class NetworkConfig:
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
         if not 4 <= self.width <= MAX_WIDTH or self.width % 4:
             raise InputError(
-                f"Expected model.network.width to be a positive multiple of 4, at most {MAX_WIDTH}, got {self.width}: 32 "
-                "is the paper's."
+                f"Expected model.network.width to be a positive multiple of 4, at most {MAX_WIDTH}, got {self.width}: "
+                "32 is the paper's."
             )
         multipliers = self.channel_multipliers
         if not 1 <= len(multipliers) <= MAX_LEVELS or not 1 <= min(multipliers) <= max(multipliers) <= MAX_MULTIPLIER:
