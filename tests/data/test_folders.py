@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpdm.data import zips
+from dpdm.data import folders, zips
 from dpdm.data.archive import ArchiveWriter
 from dpdm.data.folders import Tree, folder_tree, tree_splits, zip_tree
 from dpdm.errors import InputError

@@ -48,11 +48,13 @@ def make_given(folder: Path) -> Path:
     (folder / "cifar.tar").write_bytes(gzip.decompress((folder / "cifar.tar.gz").read_bytes()))
     np.savez(folder / "samples.npz", pixels[..., None])
     (folder / "model.pth").write_bytes(make_original())
+    (folder / "old.pth").write_bytes(make_original(new=False))
     (folder / "stats.npz").write_bytes(make_statistics())
     (folder / "config.yaml").write_text(configs.to_yaml(configs.load([], TINY)))
+    (folder / "model.yaml").write_text(configs.to_yaml(configs.load([], KEYS)))
     make_release(folder / "released", images=4)
     path = folder / "run"
-    keys = (f"data.path={folder / 'archive.zip'}", *TINY)
+    keys = (f"data.path={folder / 'images'}", *TINY)
     assert run_command(["train", "--workdir", str(path), "--", *keys]) == 0
     return folder
 
@@ -108,11 +110,15 @@ def make_cifar(change: Callable[[dict[str, bytes]], None] = lambda members: None
     return written.getvalue()
 
 
-def make_original() -> bytes:
+def make_original(*, new: bool = True) -> bytes:
     """Returns a checkpoint as the original writes it, of the network of ``KEYS``."""
     network = configs.build_denoiser(configs.load([], KEYS)).network
     written = io.BytesIO()
-    torch.save({"ema": {"shadow_params": [p.detach() for p in network.parameters()]}, "step": 3}, written)
+    torch.save(
+        {"ema": {"shadow_params": [p.detach() for p in network.parameters()]}, "step": 3},
+        written,
+        _use_new_zipfile_serialization=new,
+    )
     return written.getvalue()
 
 

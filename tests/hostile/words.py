@@ -1,7 +1,6 @@
 """Strategies: configs and command lines that nobody should write, and some that somebody might."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -74,16 +73,14 @@ TEXTS = st.one_of(
     st.text(st.characters(exclude_characters="\0", exclude_categories=()), max_size=12),
 )
 NUMBERS = st.one_of(
-    st.sampled_from(
-        (0, 1, 2, 3, 4, 6, 8, 16, 32, 60, 100, 1000, -1, 10**4, 10**6, 10**9, 2**31, 2**63 - 1, 2**63, 10**30)
-    ),
+    st.sampled_from((0, 1, 2, 3, 4, 6, 8, 16, 128, 1000, -1, 10**4, 10**6, 10**9, 2**31, 2**63 - 1, 2**63, 10**30)),
     st.sampled_from(
         (0.0, -0.0, 0.1, 0.5, 0.999, 1.0, 1e-5, 1e-300, 5e-324, 1e308, -1e308, math.nan, math.inf, -math.inf)
     ),
     st.integers(),
     st.floats(),
     st.just(10**400),
-)
+).filter(lambda number: not 20 < number <= 100)  # an epsilon that takes the accountant up to a minute
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 VALUES = st.one_of(
     SCALARS,
@@ -174,7 +171,7 @@ def overrides(draw: st.DrawFn) -> list[str]:
             )
         ),
     ]
-    words = [f"{draw(KEYS)}={draw(VALUES.map(_flow))}" for _ in range(draw(st.integers(0, 3)))]
+    words = [f"{draw(KEYS)}={draw(VALUES.map(_flow))}" for _ in range(draw(st.sampled_from((0, 1, 1, 2, 3))))]
     junk = (
         draw(st.lists(st.one_of(TEXTS, st.just("@given/config.yaml")), max_size=1))
         if draw(st.integers(0, 9)) == 0
@@ -251,7 +248,3 @@ def _flow(value: Any) -> str:
         .removesuffix("\n")
         .removesuffix("\n...")
     )
-
-
-def line(words: Sequence[str]) -> list[str]:
-    return list(words)
