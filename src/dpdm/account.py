@@ -1,6 +1,5 @@
 """``dpdm account``: noise for a budget, epsilon for a noise, the total of several runs. Imports no torch."""
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -13,11 +12,16 @@ from dpdm.evaluation.guarantee import UNITS
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
+from dpdm.untrusted import parse_json, read_bytes
 
 # Beyond these the accountant needs minutes and gigabytes for an answer that means nothing: an epsilon of 100 promises
 # no more than an epsilon of 1000, and one below 0.001 is less than the accountant resolves.
 EPSILON_RANGE = (1e-3, 100.0)
 NOISE_MULTIPLIER_RANGE = (0.1, 1e5)
+LARGEST_STEPS = 10**6
+LARGEST_DATASET = 10**10
+MAX_STATEMENT_BYTES = 2**20
+MAX_MECHANISMS = 100  # in one total; a run has two at most
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def answer(question: Question) -> dict[str, Any]:
     size, batch = question.dataset_size, question.batch_size
     if size is None or batch is None:
         raise InputError("Expected --dataset-size and --batch-size, got not both: give both, or --compose FILE.")
-    if size < 1:
-        raise InputError(f"Expected --dataset-size >= 1, got {size}.")
+    if not 1 <= size <= LARGEST_DATASET:
+        raise InputError(f"Expected --dataset-size >= 1 and <= {LARGEST_DATASET}, got {size}.")
     if (question.epochs is None) == (question.iterations is None):
         given = "neither" if question.epochs is None else "both"
         raise InputError(f"Expected one of --epochs and --iterations, got {given}: give exactly one.")
@@ -67,8 +71,7 @@ def answer(question: Question) -> dict[str, Any]:
     steps = question.iterations
     if steps is None:
         steps = steps_of("--epochs", question.epochs or 0.0, size, batch)
-    if steps < 1:
-        raise InputError(f"Expected --iterations >= 1, got {steps}.")
+    check_steps(steps, "--iterations")
     others = []
     if question.warmup_noise_multiplier is not None:
         check_noise_multiplier(question.warmup_noise_multiplier, "--warmup-noise-multiplier")
@@ -77,7 +80,9 @@ def answer(question: Question) -> dict[str, Any]:
     if noise_multiplier is None:
         assert question.epsilon is not None  # exactly one of the two is given
         noise_multiplier = accounting.calibrate_noise_multiplier(question.epsilon, delta, rate, steps, others=others)
-    spent = accounting.epsilon_spent([*others, Mechanism("DP-SGD", rate, noise_multiplier, steps)], delta)
+    mechanisms = [*others, Mechanism("DP-SGD", rate, noise_multiplier, steps)]
+    check_worth(mechanisms, delta)
+    spent = accounting.epsilon_spent(mechanisms, delta)
     return {
         "noise_multiplier": noise_multiplier,
         "epsilon": spent,
@@ -108,7 +113,7 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
                 deltas.append(float(ledger.header["plan"]["delta"]))
                 persons.add(ledger.header["plan"].get("unit", "image") == "group")
             else:
-                statement = json.loads(file.read_text(encoding="utf-8"))
+                statement = parse_json(read_bytes(file.resolve(), MAX_STATEMENT_BYTES))
                 if not statement["mechanisms"]:  # of converted weights
                     raise ValueError("one without mechanisms: what its weights give away is unknown")
                 mechanisms += [Mechanism(**m) for m in statement["mechanisms"]]
@@ -119,6 +124,11 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     if len(persons) > 1:
         raise InputError("Expected runs that protect the same, got images in some and persons in others: add up each.")
     delta = delta if delta is not None else max(deltas)
+    if len(mechanisms) > MAX_MECHANISMS:
+        raise InputError(f"Expected at most {MAX_MECHANISMS} mechanisms in a total, got {len(mechanisms)}.")
+    for mechanism in mechanisms:
+        check_noise_multiplier(mechanism.noise_multiplier, f"noise_multiplier of {mechanism.name}")
+    check_worth(mechanisms, delta)
     return {"epsilon": accounting.epsilon_spent(mechanisms, delta), "delta": delta, "num_runs": len(files)}
 
 
@@ -150,6 +160,23 @@ def check_noise_multiplier(noise_multiplier: float, name: str) -> None:
         )
 
 
+def check_steps(steps: int, name: str) -> None:
+    """Raises InputError for a number of steps that cannot be accounted for, under the option's or key's ``name``."""
+    if not 1 <= steps <= LARGEST_STEPS:
+        raise InputError(f"Expected {name} >= 1 and <= {LARGEST_STEPS}, got {steps}: give another number of steps.")
+
+
+def check_worth(mechanisms: Sequence[Mechanism], delta: float) -> None:
+    """Raises InputError for mechanisms whose epsilon promises nothing, before the accountant is asked for it."""
+    check_steps(max(1, sum(mechanism.num_steps for mechanism in mechanisms)), "the number of steps")
+    epsilon = accounting.rough_epsilon(mechanisms, delta)
+    if epsilon > EPSILON_RANGE[1]:
+        raise InputError(
+            f"Expected noise that keeps epsilon below {EPSILON_RANGE[1]:g}, got about {epsilon:.3g}: raise the noise "
+            "multiplier, or train for less; 1 to 10 is common."
+        )
+
+
 def steps_of(name: str, num_epochs: float, dataset_size: int, expected_batch_size: int) -> int:
     """Returns the steps of so many epochs; raises InputError under the option's or key's ``name`` if there are none."""
     if not (num_epochs > 0 and math.isfinite(num_epochs)):
@@ -157,4 +184,5 @@ def steps_of(name: str, num_epochs: float, dataset_size: int, expected_batch_siz
     steps = accounting.num_iterations(num_epochs, dataset_size, expected_batch_size)
     if steps < 1:
         raise InputError(f"Expected {name} to be enough for one step, got {num_epochs:g}: train for longer.")
+    check_steps(steps, f"the steps of {name}={num_epochs:g}")
     return steps

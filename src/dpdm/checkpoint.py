@@ -96,8 +96,8 @@ def load(path: Path) -> tuple[TrainState, dict[str, Any]]:
             groups[group][name] = tensor
         curves = {name: values.tolist() for name, values in groups.pop("curves").items()}
         state = TrainState(**groups, step=int(metadata["step"]), curves=curves)
-        facts = json.loads(metadata["facts"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        facts = dict(json.loads(metadata["facts"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RunError(
             f"Expected a whole checkpoint at {path}, could not read it ({error}): start a new run."
         ) from None

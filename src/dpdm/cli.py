@@ -19,6 +19,7 @@ import click
 from dpdm import launch
 from dpdm.errors import InputError, PeerError, RunError
 from dpdm.progress import speaks
+from dpdm.untrusted import clean
 from dpdm.workdir import Workdir, check_folder
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 Command = Callable[..., int | None]
+LONGEST_MESSAGE = 4000
+MEMORY_REMEDY = "lower train.physical_batch_size or sampler.batch_size, or give a smaller network or smaller images"
 TRANSFORMS = ("center-crop", "center-crop-wide")
 
 
@@ -520,7 +523,7 @@ def verify(release: Path, images: Path | None, against: Path | None) -> None:
 
     found = checks.verify(release, images)
     for problem in found.problems:
-        print(f"dpdm: {release}: {problem}", file=sys.stderr)
+        _complain(f"{release}: {problem}")
     if not found.problems:
         print(checks.page(found))
     copies = None if against is None else checks.against(release, against, images)
@@ -568,15 +571,32 @@ def run_command(arguments: list[str]) -> int:
     except RunError as error:
         return _fail(str(error), 1)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return _fail(f"Not enough memory: {MEMORY_REMEDY}. What was saved is kept.", 1)
         full = "; free some space and go on with the same command" if error.errno == errno.ENOSPC else ""
         return _fail(f"Could not access {error.filename or 'a file'}: {error.strerror or error}{full}.", 1)
     except Exception as error:
+        if _is_lack_of_memory(error):
+            return _fail(f"Not enough memory ({error}): {MEMORY_REMEDY}. What was saved is kept.", 1)
         return _unexpected(error)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"dpdm: {message}", file=sys.stderr)
+    _complain(message)
     return status
+
+
+def _complain(message: str) -> None:
+    """Prints one line that is safe on a terminal, whatever names and values are quoted in it."""
+    print(f"dpdm: {clean(message, LONGEST_MESSAGE)}", file=sys.stderr)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether Python, numpy or torch got no memory; torch has no class of its own for the CPU's."""
+    told = ("out of memory", "allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
 
 
 def _unexpected(error: Exception) -> int:
@@ -590,8 +610,6 @@ def _unexpected(error: Exception) -> int:
         with tempfile.NamedTemporaryFile("w", prefix="dpdm-", suffix=".log", delete=False, encoding="utf-8") as file:
             traceback.print_exc(file=file)
         where = f"the traceback is in {file.name}"
-    if isinstance(error, MemoryError) or "out of memory" in what or "allocate memory" in what:
-        what += ": lower train.physical_batch_size or sampler.batch_size"
     return _fail(f"Unexpected {what}. What was saved is kept; {where}.", 1)
 
 

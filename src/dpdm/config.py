@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpdm import reference
-from dpdm.data.archive import ImageArchive, Unit
+from dpdm.data.archive import MAX_CLASSES, ImageArchive, Unit
+from dpdm.data.transforms import MAX_RESOLUTION
+from dpdm.device import total_memory
 from dpdm.diffusion.denoiser import Denoiser, DenoiserKind
 from dpdm.diffusion.loss import LossConfig
 from dpdm.diffusion.sampling import SamplerConfig
@@ -32,6 +34,11 @@ from dpdm.files import write_text
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.dpsgd import DPConfig
 from dpdm.progress import speaks
+from dpdm.untrusted import read_bytes
+
+MAX_CONFIG_BYTES = 2**19
+MAX_DEPTH = 8
+BYTES_PER_WEIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,16 @@ class DataConfig:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.unit not in get_args(Unit):
             raise InputError(f"Expected data.unit to be one of {list(get_args(Unit))}, got {self.unit!r}.")
-        for name, least in (("resolution", 1), ("num_channels", 1), ("num_classes", 0)):
+        for name, least, most in (
+            ("resolution", 1, MAX_RESOLUTION),
+            ("num_channels", 1, 3),
+            ("num_classes", 0, MAX_CLASSES),
+        ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"Expected data.{name} >= {least}, got {value}: null takes it from the images.")
+            if value is not None and not least <= value <= most:
+                raise InputError(
+                    f"Expected data.{name} >= {least} and <= {most}, got {value}: null takes it from the images."
+                )
 
 
 @dataclass(frozen=True)
@@ -216,14 +229,12 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     config = OmegaConf.structured(Config)
     _make_writable(config)
     passed_over: list[str] = []
-    for source, change in [*((str(file), _read_yaml(Path(file))) for file in files), _read_overrides(overrides)]:
-        content, meaningless = reference.translate(
-            OmegaConf.to_container(change, resolve=False),  # type: ignore[arg-type]
-            source,
-            beta_min=OmegaConf.select(config, "loss.beta_min"),
-        )
+    asked = [*((str(file), _read_yaml(Path(file))) for file in files), ("the command line", _read_overrides(overrides))]
+    for source, change in asked:
+        check_plain(change, source)
+        content, meaningless = reference.translate(change, source, beta_min=OmegaConf.select(config, "loss.beta_min"))
         passed_over += meaningless
-        config = _merge(config, OmegaConf.create(content), source)
+        config = _merge(config, content, source)
     try:
         loaded: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -233,18 +244,29 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     return loaded
 
 
-def _read_overrides(overrides: Sequence[str]) -> tuple[str, DictConfig]:
-    merged = OmegaConf.create()
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the sections that ``key=value`` pairs ask for; of two for the same key the later one wins."""
+    merged: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise InputError(f"Expected an override of the form section.key=value, got {override!r}.")
         try:
-            change = OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise InputError(f"Expected a YAML value for {key}, got {value!r} ({_first_line(error)}).") from None
-        merged = OmegaConf.merge(merged, change)
-    return "the command line", merged  # type: ignore[return-value]
+            content = parse_yaml(value)
+        except ValueError as error:
+            raise InputError(f"Expected a YAML value for {key}, got {value!r} ({error}).") from None
+        for section in reversed(key.split(".")):
+            content = {section: content}
+        _put_over(merged, content)
+    return merged
+
+
+def _put_over(content: dict[str, Any], change: Mapping[str, Any]) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            _put_over(content[key], value)
+        else:
+            content[key] = value
 
 
 def to_yaml(config: Config) -> str:
@@ -307,6 +329,7 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
             "give 0 for a model without classes."
         )
     names = tuple(archive.class_names or ()) if num_classes else ()
+    check_plain(list(names), str(archive.path), "class_names")
     data = replace(data, **found, num_classes=num_classes, class_names=names)
     return replace(config, data=data)
 
@@ -316,20 +339,23 @@ def build_denoiser(config: Config) -> Denoiser:
     data, loss = config.data, config.loss
     if data.resolution is None or data.num_channels is None or data.num_classes is None:
         raise InputError("Expected data.resolution, data.num_channels and data.num_classes, got null: give all three.")
-    network = UNet(
-        config.model.network,
-        resolution=data.resolution,
-        num_channels=data.num_channels,
-        num_classes=data.num_classes,
-        generator=torch.Generator().manual_seed(config.train.seed),
-    )
+    shape = {"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": data.num_classes}
+    with torch.device("meta"):  # costs no memory
+        num_weights = sum(parameter.numel() for parameter in UNet(config.model.network, **shape).parameters())
+    memory = total_memory(torch.device("cpu"))
+    if BYTES_PER_WEIGHT * num_weights > memory:
+        raise InputError(
+            f"Expected a network that fits into {memory / 2**30:.0f} GiB of memory, got one of {num_weights:.3g} "
+            "weights: lower model.network.width, channel_multipliers or num_res_blocks."
+        )
+    network = UNet(config.model.network, **shape, generator=torch.Generator().manual_seed(config.train.seed))
     return Denoiser(
         network, config.model.denoiser, sigma_data=loss.sigma_data, beta_min=loss.beta_min, beta_d=loss.beta_d
     )
 
 
-def _merge(config: Any, change: Any, where: str) -> Any:
-    for key, value in _leaves(change):
+def _merge(config: Any, content: Mapping[str, Any], where: str) -> Any:
+    for key, value in _leaves(content):
         if any(known.startswith(f"{key}.") for known in KNOWN_KEYS):
             example = next(known for known in KNOWN_KEYS if known.startswith(f"{key}."))
             raise InputError(
@@ -340,32 +366,102 @@ def _merge(config: Any, change: Any, where: str) -> Any:
             hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(SECTIONS)}."
             raise InputError(f"Expected a known key in {where}, got {key}: {hint}")
     try:
-        return OmegaConf.merge(config, change)
+        return OmegaConf.merge(config, content)
     except OmegaConfBaseException as error:
         key = error.full_key or "a key"
-        value = OmegaConf.select(change, error.full_key) if error.full_key else change
+        value = dict(_leaves(content)).get(key)
         raise InputError(f"Expected a fitting value of {key} in {where}, got {value!r}: {_first_line(error)}") from None
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"Expected a config file at {path}, found none: check --config.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"Expected a config file at {path}, found none: check --config.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(read_bytes(path.resolve(), MAX_CONFIG_BYTES).decode("utf-8-sig"))
+    except ValueError as error:
         raise InputError(f"Expected a YAML file at {path}, could not read it: {_first_line(error)}") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"Expected sections and keys in {path}, got a {type(content).__name__}: see configs/.")
-    return OmegaConf.create(content)
+    return content
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in node:
-        value = node._get_node(key)
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, of which a page of text can unfold to gigabytes; a date is a text."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias (*name): write the value itself")
+        return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns the value of a YAML text.
+
+    Raises:
+        ValueError: with the reason, if it is none.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # "!!int ''" is an IndexError, "!!timestamp x" an AttributeError, and so on
+        raise ValueError(_first_line(error)) from None
+
+
+def check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
+    """Raises InputError unless a value from YAML is made of sections, lists, texts, numbers, true, false and null.
+
+    Whole numbers are to fit 64 bits, texts to be writable as UTF-8. ``${`` is refused: OmegaConf would look elsewhere
+    for what it names, in the environment even, and a config is published with the model.
+    """
+    what = None
+    if isinstance(value, dict) and depth < MAX_DEPTH:
+        for name, item in value.items():
+            if not isinstance(name, str):
+                shown = name if isinstance(name, int) and name.bit_length() < 64 else f"a {type(name).__name__}"
+                raise InputError(
+                    f"Expected a known key in {where}, got {shown}: the sections are {', '.join(SECTIONS)}."
+                )
+            check_plain(name, where, "a key", depth + 1)
+            check_plain(item, where, f"{key}.{name}".lstrip("."), depth + 1)
+    elif isinstance(value, list) and depth < MAX_DEPTH:
+        for item in value:
+            check_plain(item, where, key, depth + 1)
+    elif isinstance(value, dict | list):
+        what = "lists or sections nested too deeply"
+    elif isinstance(value, str):
+        if "${" in value:
+            what = f"{value!r}, which would refer to something else: write the value itself"
+        elif "\0" in value or not _is_utf_8(value):
+            what = f"{value!r}, which cannot be written as text"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        what = f"a whole number of {value.bit_length()} bits: 63 are the most"
+    elif value is not None and not isinstance(value, bool | int | float):
+        what = f"a {type(value).__name__}: give a text, a number, a list, true, false or null"
+    if what is not None:
+        raise InputError(f"Expected a plain value of {key} in {where}, got {what}.")
+
+
+def _is_utf_8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
         name = f"{prefix}{key}"
-        if isinstance(value, DictConfig) and not value._is_none():
+        if isinstance(value, dict):
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value

@@ -3,7 +3,6 @@
 import re
 import shutil
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +13,10 @@ from dpdm import distributed
 from dpdm.data.archive import ImageArchive, is_archive
 from dpdm.data.folders import Tree, folder_tree, zip_tree
 from dpdm.data.prepare import prepare
-from dpdm.data.transforms import Resolution, Transform, decode, is_grey, to_array
+from dpdm.data.transforms import MAX_RESOLUTION, Resolution, Transform, decode, is_grey, to_array
 from dpdm.device import pick_device, use_full_precision
 from dpdm.errors import InputError
+from dpdm.evaluation.arrays import read_arrays
 from dpdm.evaluation.features import Extractor
 from dpdm.evaluation.fid import (
     Images,
@@ -38,6 +38,7 @@ from dpdm.evaluation.quality import (
     precision_recall,
 )
 
+MAX_PACKED_BYTES = 512 * 2**20  # of images in an npz file that is smaller than they are
 COMPARED = 10_000  # features of each set that are kept for kernel distance, precision and recall
 NOTE = "computed on real images without noise: where they are private, outside the guarantee, not to be shared"
 
@@ -185,6 +186,11 @@ def open_samples(path: Path) -> Images:
         raise InputError(f"Expected images in {path}, found none.")
     channels = 1 if all(is_grey(name, tree.read(name)) for name in names) else 3
     first = to_array(decode(names[0], tree.read(names[0]), channels))
+    if max(first.shape) > MAX_RESOLUTION:
+        raise InputError(
+            f"Expected images of at most {MAX_RESOLUTION}x{MAX_RESOLUTION} in {path}, got {first.shape[2]}x"
+            f"{first.shape[1]} ({names[0]}): bring them to the size of the real ones."
+        )
 
     def read(rows: np.ndarray) -> np.ndarray:
         images = np.empty((len(rows), *first.shape), np.uint8)
@@ -253,12 +259,12 @@ def _without_overview(tree: Tree) -> list[str]:
 def _array_file(path: Path) -> Images:
     """Reads uint8 ``arr_0`` (N, H, W, C), as ``dpdm sample`` and others write it."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            if "arr_0" not in content.files:
-                raise ValueError(f"it holds {', '.join(content.files) or 'nothing'} and no arr_0")
-            images = content["arr_0"]
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+        found = read_arrays(path, ("arr_0",), MAX_PACKED_BYTES)
+        if "arr_0" not in found:
+            raise ValueError("it holds no arr_0")
+        images = found["arr_0"]
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"Expected an npz file with images arr_0 at {path}, could not read one ({reason}).") from None
     if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8 or images.size == 0:
         raise InputError(

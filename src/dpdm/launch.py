@@ -36,6 +36,8 @@ def processes_to_start(config: "Config", overrides: list[str]) -> int:
         wanted = min(wanted, gpus)
     elif 0 < gpus < wanted:
         raise InputError(f"Expected setup.n_gpus_per_node <= {gpus}, the GPUs of this machine, got {wanted}.")
+    elif wanted > (most := max(8, os.cpu_count() or 1)):
+        raise InputError(f"Expected setup.n_gpus_per_node <= {most} on this machine's processors, got {wanted}.")
     return wanted if wanted > 1 else 0
 
 

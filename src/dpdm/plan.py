@@ -47,6 +47,8 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
     """
     check_keys(config)
     unit = config.data.unit
+    if dataset_size > account.LARGEST_DATASET:
+        raise InputError(f"Expected at most {account.LARGEST_DATASET} {unit}s, got {dataset_size}.")
     accounting.check_delta_for(config.dp.delta, dataset_size, unit)
     batch = config.train.expected_batch_size
     rate = accounting.sampling_rate(batch, dataset_size, unit)
@@ -69,6 +71,7 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
             config.dp.epsilon, config.dp.delta, rate, steps, others=others
         )
     dp_sgd = accounting.Mechanism("DP-SGD", rate, noise_multiplier, steps)
+    account.check_worth([*others, dp_sgd], config.dp.delta)
     epsilon = accounting.epsilon_spent([*others, dp_sgd], config.dp.delta)
     return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, warmup, unit)
 
@@ -79,5 +82,7 @@ def check_keys(config: Config) -> None:
     account.check_target(dp.epsilon, dp.noise_multiplier, "dp.epsilon", "dp.noise_multiplier")
     if train.num_iterations is None and train.num_epochs is None:
         raise InputError("Expected train.num_epochs or train.num_iterations, got neither: give one.")
+    if train.num_iterations is not None:
+        account.check_steps(train.num_iterations, "train.num_iterations")
     if train.warmup.enabled:
         account.check_noise_multiplier(train.warmup.noise_multiplier, "train.warmup.noise_multiplier")

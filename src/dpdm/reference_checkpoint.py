@@ -8,6 +8,7 @@ the order of the original's parameters, which is the order of ours. Nothing in a
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ def original_names(network: UNet) -> list[str]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    _check_members(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of file formats of other versions
@@ -109,6 +111,20 @@ def _read(path: Path) -> Mapping[str, Any]:
             "check model.ckpt."
         )
     return content
+
+
+def _check_members(path: Path) -> None:
+    """Raises InputError for a zip whose members unpack to more than the file, which torch would unpack whole."""
+    try:
+        with zipfile.ZipFile(path) as members:
+            unpacked = sum(info.file_size for info in members.infolist())
+    except Exception:  # no zip, but torch's older format, or damaged, which torch says
+        return
+    if unpacked > path.stat().st_size:
+        raise InputError(
+            f"Expected a checkpoint of the original in {path}, got a zip that unpacks to {unpacked} bytes: torch packs "
+            "nothing; get the file from its authors."
+        )
 
 
 def _average(content: Mapping[str, Any], names: list[str], path: Path) -> list[Any]:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from dpdm.files import fsync, write_json, write_text
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
+from dpdm.released_files import network_shapes
 from dpdm.workdir import Workdir
 
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
@@ -309,15 +310,31 @@ def load_denoiser(path: str | Path, config: Config | str | Path | None = None) -
     config = config or load_config(weights.parent)
     if not config.model.use_ema:
         raise InputError(f"Expected model.use_ema=true for {weights}, got false: a release holds the average alone.")
-    denoiser = configs.build_denoiser(config)
     try:
+        _check_shapes(weights, config)  # before memory is taken for what a stranger's config asks for
+        denoiser = configs.build_denoiser(config)
         denoiser.network.load_state_dict(load_file(weights))
     except (SafetensorError, OSError) as error:
         raise InputError(f"Expected safetensors weights in {weights}, could not read them: {error}.") from None
-    except RuntimeError as error:
+    except (RuntimeError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Expected weights that fit the config in {weights}, got others: {reason}") from None
     return denoiser.eval()
+
+
+def _check_shapes(weights: Path, config: Config) -> None:
+    with safe_open(weights, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a dict
+    try:
+        expected = network_shapes(config, len(found))
+    except ValueError as error:
+        raise RuntimeError(f"it {error}") from None
+    for name in sorted(found.keys() ^ expected.keys()) + [
+        name for name in expected if found.get(name) != expected[name]
+    ]:
+        raise RuntimeError(
+            f"{name} is {found.get(name, 'missing')}, by the config it is {expected.get(name, 'unknown')}"
+        )
 
 
 def own_config(path: Path) -> Path | None:

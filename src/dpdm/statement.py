@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from dpdm import account
 from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS
@@ -26,7 +27,7 @@ KNOWN_MECHANISMS = ("DP-SGD", "central images")
 FIRST_TOLERANCE = 1e-6
 SECOND_TOLERANCE = 1e-3
 FAR_ABOVE = 1e-2  # a stated epsilon beyond what both found is no lie, but it was not computed from the mechanisms
-LARGEST_EPSILON = 300.0  # beyond it the first accountant takes ever longer, for a promise that is empty
+LARGEST_EPSILON = 100.0  # beyond it the first accountant takes ever longer, for a promise that is empty
 GROUPS = (2, 5)
 
 
@@ -162,8 +163,8 @@ def _mechanism(entry: Any) -> Mechanism:
     numbers = _is_number(entry["sampling_rate"]) and _is_number(entry["noise_multiplier"])
     if not isinstance(entry["name"], str) or not numbers or type(entry["num_steps"]) is not int:
         raise ValueError("a mechanism has a name that is no word, or a number that is none")
-    if not 0 < entry["num_steps"] <= second_accountant.MAX_STEPS:
-        raise ValueError(f"num_steps of a mechanism is not in 1..{second_accountant.MAX_STEPS}")
+    if not 0 < entry["num_steps"] <= account.LARGEST_STEPS:
+        raise ValueError(f"num_steps of a mechanism is not in 1..{account.LARGEST_STEPS}")
     return Mechanism(**entry)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpdm.data import folders
+from dpdm.data import folders, zips
 from dpdm.data.archive import ArchiveWriter
 from dpdm.data.folders import Tree, folder_tree, tree_splits, zip_tree
 from dpdm.errors import InputError
@@ -183,7 +183,7 @@ def test_unusable_zip_members_are_all_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(InputError) as caught:
         zip_tree(path)
     assert [name for name in "12345" if f"{name}.png" in str(caught.value)] == ["1", "2", "3", "4"]
-    monkeypatch.setattr(folders, "MAX_MEMBER_BYTES", 9)
+    monkeypatch.setattr(zips, "MAX_MEMBER_BYTES", 9)
     with pytest.raises(InputError, match=r"large\.png"):
         zip_tree(zip_of(tmp_path / "b.zip", ["a/1.png", "a/large.png"]))
 

@@ -140,7 +140,7 @@ def test_a_file_of_the_original_is_taken(tmp_path: Path) -> None:
         ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"\(2,\) and \(3, 3\)"),
         ({"mu": np.array([0, np.nan]), "sigma": np.eye(2)}, "finite mu"),
         ({"mu": np.zeros(2), "sigma": np.triu(np.ones((2, 2)))}, "transpose"),
-        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "allow_pickle=False"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "pickled objects"),
     ],
 )
 def test_a_file_of_something_else_is_one_line(entries: dict[str, Any], what: str, tmp_path: Path) -> None:

@@ -23,13 +23,15 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from dpdm.data.records import list_names
-from dpdm.data.transforms import IMAGE_SUFFIXES, load_pixels, open_image, to_array
+from dpdm.data.transforms import IMAGE_SUFFIXES, MAX_RESOLUTION, load_pixels, open_image, to_array
 from dpdm.data.zips import ZipReader, directory, local_header
 from dpdm.errors import InputError, RunError
 from dpdm.files import atomic_path
 
 LABELS_NAME = "dataset.json"
 MAX_BYTES_IN_MEMORY = 256 * 2**20
+LABEL_BYTES, BYTES_PER_CHARACTER = 256, 6  # of dataset.json, at most: for an image, and for a character of its name
+MAX_CLASS_NAMES_BYTES = 16 * 2**20
 MAX_CLASSES = 1_000_000  # a label beyond it is a mistake, and would ask for an embedding of its size
 IMAGES_PER_FOLDER = 1000
 PNG_LEVEL = 2  # of zlib: on 32x32 photos as small as 6, and faster; on large ones a few percent larger
@@ -346,6 +348,11 @@ class ImageArchive:
                     f"{self._where(index)}: expected a square 8-bit grey or RGB image, got {image.mode} "
                     f"{image.width}x{image.height}: make the archive anew by dpdm prepare."
                 )
+            if image.width > MAX_RESOLUTION:
+                raise InputError(
+                    f"{self._where(index)}: expected at most {MAX_RESOLUTION}x{MAX_RESOLUTION}, got "
+                    f"{image.width}x{image.height}: prepare it with --resolution."
+                )
             return 1 if image.mode == "L" else 3, image.width
         raise InputError(f"{self.path}: none of its {self.num_images} images can be read: make it anew.")
 
@@ -389,10 +396,14 @@ def parse_table(content: bytes, names: Sequence[str], where: str) -> Table:
         InputError: if it has another form, or names other images than ``names``.
     """
     where = f"{where}: {LABELS_NAME}"
+    # Brackets take ten times as much memory as bytes.
+    longest = MAX_CLASS_NAMES_BYTES + sum(LABEL_BYTES + BYTES_PER_CHARACTER * len(name) for name in names)
+    if len(content) > longest:
+        raise InputError(f"{where}: {len(content)} bytes, expected at most {longest} for {len(names)} images")
     try:
         table = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not valid JSON ({error})") from error
+        raise InputError(f"{where} is not valid JSON ({str(error) or 'nested too deeply'})") from error
     if not isinstance(table, dict) or "labels" not in table:
         raise InputError(f'{where}: expected {{"labels": [[name, class], ...]}} or {{"labels": null}}')
     groups = _parse_groups(table.get("groups"), len(names), where)

@@ -18,7 +18,7 @@ from dpdm.errors import InputError
 PARTITION_NAME = "list_eval_partition.txt"
 ATTRIBUTES_NAME = "list_attr_celeba.txt"
 PARTS = {"train": "0", "validation": "1", "holdout": "2"}
-MAX_BYTES = 256 * 2**20  # the larger one has 27 MB
+MAX_BYTES = 64 * 2**20  # the larger one has 27 MB
 
 
 def find_list(source: Path, name: str) -> Path | None:

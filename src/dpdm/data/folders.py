@@ -16,6 +16,7 @@ from dpdm.data.zips import MAX_MEMBER_BYTES, ZipReader
 from dpdm.errors import InputError
 
 TRAIN_FOLDER = "train"
+DEPTH = 3  # a folder around everything, train or test, a class
 HOLDOUT_FOLDERS = ("test", "val", "validation")
 
 
@@ -26,7 +27,7 @@ class Tree:
     Attributes:
         where: the folder or zip, for messages.
         images: files with an image's suffix, sorted.
-        folders: all folders but hidden ones.
+        folders: all folders but hidden ones; of a zip those that may be classes, at most ``DEPTH`` deep.
         others: everything else that was found.
         read: content of a file. Raises InputError naming it.
         stamp: see ``Split``; of a file.
@@ -54,7 +55,7 @@ def folder_tree(root: Path) -> Tree:
     refused: list[str] = []
     prefix = len(f"{real_root}/".replace("//", "/"))  # of a million names; Path objects would take ten times as long
     try:
-        for entry in _walk(real_root):
+        for entry in _walk(str(real_root)):
             relative = entry.path[prefix:]
             if _is_hidden(relative):
                 others.append(relative)
@@ -94,29 +95,34 @@ def folder_tree(root: Path) -> Tree:
     return Tree(str(root), images, folders, sorted(others), read, stamp)
 
 
-def _walk(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry
-            if entry.is_dir(follow_symlinks=False) and not _is_hidden(entry.name):
-                yield from _walk(entry.path)
+def _walk(root: str) -> Iterator[os.DirEntry[str]]:
+    folders = [root]  # a call for each level would end where Python's stack does
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                yield entry
+                if entry.is_dir(follow_symlinks=False) and not _is_hidden(entry.name):
+                    folders.append(entry.path)
 
 
 def zip_tree(path: Path) -> Tree:
     """Lists a zip; its members are only ever read in memory.
 
     Raises:
-        InputError: if it is no zip, or naming all members with absolute, upward or backslash paths, or of
-            more than 256 MiB.
+        InputError: if it is no zip, or naming all members with absolute, upward or backslash paths, or that are
+            too large.
     """
     archive = ZipReader(path)
     names = archive.names
     odd = [name for name in names if name.startswith("/") or "\\" in name or ".." in name.split("/")]
     if odd:
         raise InputError(f"{path}: members with unusable paths: {list_names(odd)}: write the zip anew.")
-    large = [name for name in names if archive.size(name) > MAX_MEMBER_BYTES]
+    large = [name for name in names if archive.is_too_large(name)]
     if large:
-        raise InputError(f"{path}: members of more than {MAX_MEMBER_BYTES} bytes: {list_names(large)}")
+        raise InputError(
+            f"{path}: members of more than {MAX_MEMBER_BYTES} bytes, or packed too tightly for images: "
+            f"{list_names(large)}"
+        )
     images: list[str] = []
     others: list[str] = []
     folders: set[str] = set()
@@ -133,7 +139,7 @@ def zip_tree(path: Path) -> Tree:
 
 
 def _parents(name: str) -> list[str]:
-    parts = name.split("/")
+    parts = name.split("/", DEPTH)
     return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 

@@ -17,6 +17,7 @@ from dpdm.data.records import Split
 from dpdm.errors import InputError
 
 UINT8 = 8
+MAX_BYTES = 640 * 2**20  # EMNIST's largest file has 548 MB
 SPLITS = {"train": "train", "holdout": "t10k"}
 
 
@@ -39,13 +40,15 @@ def read_idx(path: Path, num_dimensions: int) -> NDArray[np.uint8]:
                 if len(head) < 4 + 4 * num_dimensions or head[:4] != bytes([0, 0, UINT8, num_dimensions]):
                     raise InputError(f"{path}: not an idx file of bytes with {num_dimensions} dimensions")
                 shape = struct.unpack(f">{num_dimensions}I", head[4:])
-                content = file.read()
+                if math.prod(shape) > MAX_BYTES:
+                    raise InputError(f"{path}: expected at most {MAX_BYTES} bytes, its header names {math.prod(shape)}")
+                content = file.read(math.prod(shape) + 1)  # what unpacks to gigabytes is not unpacked
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}): copy or download it again.") from error
     if len(content) != math.prod(shape):
         raise InputError(
-            f"{path}: expected {math.prod(shape)} bytes for {'x'.join(map(str, shape))}, got {len(content)}: "
-            "copy or download it again."
+            f"{path}: expected {math.prod(shape)} bytes for {'x'.join(map(str, shape))}, got "
+            f"{'more' if len(content) > math.prod(shape) else len(content)}: copy or download it again."
         )
     return np.frombuffer(content, np.uint8).reshape(shape)
 

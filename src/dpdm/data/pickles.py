@@ -90,6 +90,9 @@ class _Machine:
             stack[-1].extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = self._popped(2 if name == "SETITEM" else None)
+            if not all(isinstance(key, bytes | int) for key in items[::2]):
+                # The hash of a tuple that holds itself twice, and so on, forty times over, takes for ever.
+                raise ValueError("a pickle with a dictionary of other keys than texts and numbers")
             stack[-1].update(zip(items[::2], items[1::2], strict=True))
         elif name == "TUPLE" or name in TUPLES:
             stack.append(tuple(self._popped(TUPLES.get(name))))

@@ -13,6 +13,7 @@ import json
 import os
 import struct
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,17 @@ from dpdm.data.groups import group_is_held_out, with_groups
 from dpdm.data.records import Split, list_names
 from dpdm.data.resume import Unfinished, unfinished
 from dpdm.data.sources import open_source, source_path
-from dpdm.data.transforms import Resolution, Transform, check_resolution, decode, fit, is_grey, to_array
+from dpdm.data.transforms import (
+    MAX_RESOLUTION,
+    Resolution,
+    Transform,
+    check_resolution,
+    decode,
+    fit,
+    is_grey,
+    open_image,
+    to_array,
+)
 from dpdm.errors import InputError
 from dpdm.progress import Progress
 
@@ -38,6 +49,8 @@ SIZES_SHOWN = 5
 MIN_KEY_BYTES = 16
 RECORDS_PER_TASK = 16  # a task for each record would cost as much as a small image
 TRAIN, HOLDOUT = 0, 1  # the two archives
+LARGE_PIXELS = 2**24
+_LARGE_ONE = threading.Lock()
 
 
 def prepare(
@@ -230,7 +243,11 @@ class _Recipe:
         split = self.splits[number]
         name = split.names[index]
         try:
-            image = fit(decode(name, split.read(index), self.num_channels), self.resolution, self.transform)
+            content = split.read(index)
+            with _LARGE_ONE if _is_large(name, content) else contextlib.nullcontext():
+                image = fit(decode(name, content, self.num_channels), self.resolution, self.transform)
+            if max(image.size) > MAX_RESOLUTION:
+                raise InputError(f"{name}: {image.width}x{image.height}, expected at most {MAX_RESOLUTION} a side")
         except InputError as error:
             return error
         side = self.group_side(number, index)
@@ -292,6 +309,14 @@ class _Recipe:
             )
         if problems:
             raise InputError(f"{self.source}: {'; '.join(problems)}")
+
+
+def _is_large(name: str, content: bytes | NDArray[np.uint8]) -> bool:
+    """Whether decoding takes hundreds of megabytes, so that it is not to be done on all threads at once."""
+    if not isinstance(content, bytes):
+        return content.size > LARGE_PIXELS
+    image = open_image(name, content)
+    return image.width * image.height > LARGE_PIXELS
 
 
 def _write(recipe: _Recipe, work: Unfinished) -> None:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dpdm.untrusted import clean
+
 NAMES_SHOWN = 20
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -41,5 +44,5 @@ class Split:
 
 def list_names(names: Sequence[str]) -> str:
     """Returns the first 20 names, then how many more there are, for use in a one-line message."""
-    shown = ", ".join(name.replace("\n", " ") for name in names[:NAMES_SHOWN])
+    shown = ", ".join(clean(name, LONGEST_NAME) for name in names[:NAMES_SHOWN])
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"

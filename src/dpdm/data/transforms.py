@@ -97,7 +97,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
     if image.mode in GREY_16_BIT_MODES:
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("pixel values outside 0..65535")
         transparent = image.info.get("transparency")
@@ -108,11 +108,11 @@ def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
         raise ValueError("floating-point pixels, expected 8 or 16 bits")
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
+        image = Image.alpha_composite(black, _convert(image, "RGBA"))
     return _convert(image, mode)
 
 
-def _convert(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+def _convert(image: Image.Image, mode: Literal["L", "RGB", "RGBA"]) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 

@@ -19,6 +19,9 @@ from dpdm.data.records import list_names
 from dpdm.errors import InputError
 
 MAX_MEMBER_BYTES = 256 * 2**20
+# What unpacks to more than this and to 100 times its size is no image; the bytes of zeros that deflate packs best take
+# 1/1000 of their size.
+MAX_PACKED_BYTES, MAX_RATIO = 16 * 2**20, 100
 LARGEST_32_BIT = 2**31 - 1  # of sizes and offsets, above which 64-bit fields are written; zipfile's limit
 LARGEST_COUNT = 2**16 - 1
 
@@ -93,6 +96,9 @@ class ZipReader:
         if twice:
             self.close()
             raise InputError(f"{path}: members that occur more than once: {list_names(twice)}")
+        if sum(self._packed_sizes) > os.fstat(self._file.fileno()).st_size:
+            self.close()
+            raise InputError(f"{path}: its members take more bytes than the file has, so they overlap: write it anew.")
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +119,12 @@ class ZipReader:
         """Returns the length of a member's content."""
         return self._sizes[self._index(name)]
 
+    def is_too_large(self, name: str) -> bool:
+        """Whether a member is of more than 256 MiB, or a bomb: of more than 16 MiB and 100 times its packed size."""
+        index = self._index(name)
+        size = self._sizes[index]
+        return size > MAX_MEMBER_BYTES or size > max(MAX_PACKED_BYTES, MAX_RATIO * self._packed_sizes[index])
+
     def checksum(self, name: str) -> int:
         """Returns the CRC-32 of a member's content."""
         return self._crcs[self._index(name)]
@@ -121,12 +133,14 @@ class ZipReader:
         """Returns a member's content; its checksum is verified.
 
         Raises:
-            InputError: with ``where``, if it is damaged, encrypted, of more than 256 MiB, or neither stored nor
-                deflated.
+            InputError: with ``where``, if it is damaged, encrypted, too large, or neither stored nor deflated.
         """
         index = self._index(name)
-        if self._sizes[index] > MAX_MEMBER_BYTES:
-            raise InputError(f"{where}: {self._sizes[index]} bytes, expected at most {MAX_MEMBER_BYTES}")
+        if self.is_too_large(name):
+            raise InputError(
+                f"{where}: {self._sizes[index]} bytes, expected at most {MAX_MEMBER_BYTES}, and {MAX_RATIO} times "
+                f"the {self._packed_sizes[index]} that they are packed into"
+            )
         try:
             return self._content(index)
         except (OSError, ValueError, OverflowError, struct.error, zlib.error) as error:

@@ -25,6 +25,8 @@ from dpdm.diffusion.denoiser import (
 )
 from dpdm.errors import InputError
 
+MAX_DRAWS = 10_000
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -65,9 +67,10 @@ class LossConfig:
             raise InputError(
                 f"Expected loss.type to be one of {list(get_args(DenoiserKind))} or null, got {self.type!r}."
             )
-        if self.noise_multiplicity < 1:
+        if not 1 <= self.noise_multiplicity <= MAX_DRAWS:
             raise InputError(
-                f"Expected loss.noise_multiplicity >= 1, got {self.noise_multiplicity}: the paper: 8 or 32."
+                f"Expected loss.noise_multiplicity >= 1 and <= {MAX_DRAWS}, got {self.noise_multiplicity}: the "
+                "paper: 8 or 32."
             )
         if not 0.0 <= self.label_dropout <= 1.0:
             raise InputError(f"Expected 0 <= loss.label_dropout <= 1, got {self.label_dropout}: the paper uses 0.1.")

@@ -18,6 +18,7 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.image_noise import PerImageNoise, image_labels
 from dpdm.errors import InputError, RunError
 
+MAX_STEPS, MAX_IMAGES = 10_000, 10**8
 SamplerType = Literal["ddim", "edm", "dpm_solver_pp"]
 OutputType = Literal["folder", "zip", "npz"]
 # Lowest noise level and rho: those of Karras et al. 2022; DPM-Solver++, whose variable is ln(sigma), does best with
@@ -69,9 +70,9 @@ class SamplerConfig:
         for name, choices in {"type": get_args(SamplerType), "output": get_args(OutputType)}.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"Expected sampler.{name} to be one of {list(choices)}, got {getattr(self, name)!r}.")
-        for name in ("num_steps", "num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"Expected sampler.{name} >= 1, got {getattr(self, name)}.")
+        for name, most in (("num_steps", MAX_STEPS), ("num_images", MAX_IMAGES), ("batch_size", MAX_IMAGES)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"Expected sampler.{name} >= 1 and <= {most}, got {getattr(self, name)}.")
         if self.labels is not None and self.labels < 0:
             raise InputError(f"Expected sampler.labels >= 0 or null, got {self.labels}: null draws classes.")
         self.sigmas()

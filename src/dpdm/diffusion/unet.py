@@ -26,6 +26,8 @@ from dpdm.errors import InputError
 Resample = Literal["up", "down"]
 
 MAX_POSITIONS = 10_000
+# Of what a config may ask for; far beyond any network that fits a machine, but laid out in no time.
+MAX_WIDTH, MAX_MULTIPLIER, MAX_LEVELS, MAX_RES_BLOCKS = 2**13, 2**10, 13, 32
 GROUP_NORM_EPS = 1e-6
 # Variance-scaling gains. "About zero" makes a fresh residual block nearly the identity and a fresh network
 # nearly zero; it is not exactly zero so that gradients reach every layer at the first step.
@@ -55,18 +57,22 @@ class NetworkConfig:
         # OmegaConf hands over lists.
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
-        if self.width < 4 or self.width % 4:
+        if not 4 <= self.width <= MAX_WIDTH or self.width % 4:
             raise InputError(
-                f"Expected model.network.width to be a positive multiple of 4, got {self.width}: 32 is the paper's."
+                f"Expected model.network.width to be a positive multiple of 4, at most {MAX_WIDTH}, got {self.width}: "
+                "32 is the paper's."
             )
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+        multipliers = self.channel_multipliers
+        if not 1 <= len(multipliers) <= MAX_LEVELS or not 1 <= min(multipliers) <= max(multipliers) <= MAX_MULTIPLIER:
             raise InputError(
-                "Expected model.network.channel_multipliers to be one or more integers >= 1, "
-                f"got {list(self.channel_multipliers)}: [1, 2, 2] is the paper's."
+                "Expected model.network.channel_multipliers to be one or more integers >= 1, at most "
+                f"{MAX_LEVELS} and <= {MAX_MULTIPLIER}, got {list(multipliers)[: MAX_LEVELS + 1]}: [1, 2, 2] is the "
+                "paper's."
             )
-        if self.num_res_blocks < 1:
+        if not 1 <= self.num_res_blocks <= MAX_RES_BLOCKS:
             raise InputError(
-                f"Expected model.network.num_res_blocks >= 1, got {self.num_res_blocks}: 2 is the paper's."
+                f"Expected model.network.num_res_blocks >= 1 and <= {MAX_RES_BLOCKS}, got {self.num_res_blocks}: 2 is "
+                "the paper's."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"Expected 0 <= model.network.dropout < 1, got {self.dropout}: 0 turns it off.")

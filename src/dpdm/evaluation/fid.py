@@ -6,7 +6,6 @@ number of images, which other readers pass over.
 
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -18,12 +17,17 @@ import torch
 
 from dpdm import distributed
 from dpdm.errors import InputError
+from dpdm.evaluation.arrays import read_arrays
 from dpdm.evaluation.features import CHUNK, Extractor, extract
 from dpdm.evaluation.frechet import Moments, check_gaussian, frechet_distance
 from dpdm.evaluation.inception import INCEPTION, open_extractor
 from dpdm.evaluation.quality import score_sums
 from dpdm.files import atomic_path
 from dpdm.progress import Progress
+from dpdm.untrusted import clean
+
+CHUNK_BYTES = 256 * 2**20
+MAX_STATISTICS_BYTES = 128 * 2**20  # 4,096 features
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ def pooled_features(extractor: Extractor, images: Images, *, keep: int = 0) -> P
     score = None
     size = extractor.batch_size
     batches = distributed.share(math.ceil(images.count / size))
-    stop, step = min(batches.stop * size, images.count), size * max(1, CHUNK // size)
+    stop = min(batches.stop * size, images.count)
+    step = size * max(1, min(CHUNK, CHUNK_BYTES // math.prod(images.shape)) // size)
     total = max(0, stop - batches.start * size)
     with distributed.together(), Progress(f"features of {images.name}", total, unit="images") as progress:
         for start in range(batches.start * size, stop, step):
@@ -183,19 +188,19 @@ def load_statistics(path: Path) -> Statistics:
         InputError: if there is none, or it holds anything else.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile) or not {"mu", "sigma"} <= set(content.files):
-                raise ValueError("it does not hold mu and sigma")
-            mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
-            extractor = str(content["extractor"]) if "extractor" in content.files else ""
-            count = int(content["count"]) if "count" in content.files else 0
+        content = read_arrays(path, ("mu", "sigma", "extractor", "count"), MAX_STATISTICS_BYTES)
+        if not {"mu", "sigma"} <= set(content):
+            raise ValueError("it does not hold mu and sigma")
+        mu, sigma = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
+        extractor = clean(content["extractor"]) if "extractor" in content else ""
+        count = int(content["count"]) if "count" in content else 0
         check_gaussian("", mu, sigma)
     except FileNotFoundError:
         raise InputError(
             f"Expected a file of FID statistics at {path}, found none: make one with dpdm fid-stats."
         ) from None
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"Expected an npz file with mu (D,) and sigma (D, D) at {path}, could not read one ({reason}): make one "
             "with dpdm fid-stats."

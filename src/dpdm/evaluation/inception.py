@@ -88,7 +88,7 @@ def module_extractor(
     """
     device = torch.device(device)
     module = module.to(device).eval()
-    images = np.random.default_rng(0).integers(0, 256, (2, *image_shape)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, *image_shape), np.uint8)
     failures = []
     for repeats in (3, 1) if image_shape[0] == 1 else (1,):
         features = _Features(module, repeats)
@@ -163,6 +163,8 @@ def _fetch(cache_dir: Path | None) -> Path:
 
 def _digest(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"Expected extractor={path} to be {INCEPTION} or a TorchScript file, got no plain file.")
         return file_sha256(path)
     except OSError as error:
         raise InputError(

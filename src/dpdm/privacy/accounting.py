@@ -18,6 +18,9 @@ ACCOUNTANT = "PLD (dp-accounting, pessimistic discretisation)"
 ADJACENCY = "add or remove one record"
 NOISE_MULTIPLIER_DIGITS = 5  # calibrated noise multipliers are rounded up to so many significant digits
 
+LARGEST_DELTA = 0.1
+SMALLEST_DELTA = 1e-13  # with less the accountant's cut tails alone make epsilon infinite
+
 RDP_ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)  # integers: no series that may not converge
 
 
@@ -57,10 +60,16 @@ def epsilon_spent(mechanisms: Sequence[Mechanism], delta: float) -> float:
 
     Args:
         mechanisms: in any order; none, or none with a step, gives 0.
-        delta: in (0, 1).
+        delta: in [1e-13, 1).
     """
     _check_delta(delta)
     return _epsilon(tuple(m for m in mechanisms if m.num_steps > 0), delta, accountant="pld")
+
+
+def rough_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """Returns a looser upper bound than ``epsilon_spent``, by Renyi differential privacy, in a moment."""
+    _check_delta(delta)
+    return _epsilon(tuple(m for m in mechanisms if m.num_steps > 0), delta, accountant="rdp")
 
 
 def calibrate_noise_multiplier(
@@ -88,6 +97,8 @@ def calibrate_noise_multiplier(
     """
     _check_epsilon(epsilon)
     _check_delta(delta)
+    if delta > LARGEST_DELTA:
+        raise InputError(f"Expected delta <= {LARGEST_DELTA}, got {delta}: hardly any noise would do, for no promise.")
     if num_steps < 1:
         raise InputError(f"Expected num_steps >= 1, got {num_steps}: train for longer.")
 
@@ -119,7 +130,7 @@ def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float
 
 def num_iterations(num_epochs: float, dataset_size: int, expected_batch_size: int) -> int:
     """Returns floor(num_epochs / q) with q = expected_batch_size / dataset_size."""
-    return int(num_epochs * dataset_size // expected_batch_size)
+    return int(min(num_epochs * dataset_size, 2.0**53) // expected_batch_size)
 
 
 def sampling_rate(expected_batch_size: int, dataset_size: int, unit: str = "image") -> float:
@@ -168,6 +179,10 @@ def default_delta(dataset_size: int) -> float:
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise InputError(f"Expected 0 < delta < 1, got {delta}.")
+    if delta < SMALLEST_DELTA:
+        raise InputError(
+            f"Expected delta >= {SMALLEST_DELTA:g}, got {delta:g}: the accountant resolves no smaller one."
+        )
 
 
 def _check_epsilon(epsilon: float) -> None:

@@ -132,18 +132,20 @@ class Ledger:
     def _read(self, line: bytes, number: int) -> None:
         try:
             entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError("it is no JSON object")
             del entry["checksum"]
             if _line(entry) != line:
                 raise ValueError("its checksum differs")
             if entry["previous"] != self._last:
                 raise ValueError("its chain of hashes is broken")
             if self._last == GENESIS:
-                self.header: dict[str, Any] = entry["header"]
+                self.header: dict[str, Any] = dict(entry["header"])
             else:
                 spend = Mechanism(**entry["spend"])
                 self._identities.add(entry["identity"])
                 self._counts[spend.name, spend.sampling_rate, spend.noise_multiplier] += spend.num_steps
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise RunError(
                 f"Expected ledger {self.path} to be whole, line {number} is damaged ({error}): "
                 "what was spent is unknown, so the run cannot go on; start a new one."
