@@ -32,6 +32,7 @@ LAYERS = (
         "fetching",
         "progress",
         "reference",
+        "plain_yaml",
         "files",
         "untrusted",
         "errors",
@@ -47,6 +48,7 @@ WITHIN_LAST = {
     "fetching": {"errors", "files", "progress"},
     "distributed": {"errors"},
     "reference": {"errors"},
+    "plain_yaml": {"errors"},
     "__init__": {"release"},
 }
 WITHOUT_TORCH = (
@@ -57,6 +59,7 @@ WITHOUT_TORCH = (
     "workdir",
     "cli",
     "launch",
+    "plain_yaml",
     "privacy/accounting",
     "privacy/auditing",
     "privacy/ledger",

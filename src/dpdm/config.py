@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,13 +32,13 @@ from dpdm.diffusion.unet import NetworkConfig, UNet
 from dpdm.errors import InputError
 from dpdm.evaluation.fid import EvaluationConfig
 from dpdm.files import write_text
+from dpdm.plain_yaml import check_plain, parse_yaml
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.dpsgd import DPConfig
 from dpdm.progress import speaks
 from dpdm.untrusted import read_bytes
 
 MAX_CONFIG_BYTES = 2**19
-MAX_DEPTH = 8
 BYTES_PER_WEIGHT = 4
 
 
@@ -339,16 +340,22 @@ def build_denoiser(config: Config) -> Denoiser:
     data, loss = config.data, config.loss
     if data.resolution is None or data.num_channels is None or data.num_classes is None:
         raise InputError("Expected data.resolution, data.num_channels and data.num_classes, got null: give all three.")
-    shape = {"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": data.num_classes}
+    make = partial(
+        UNet,
+        config.model.network,
+        resolution=data.resolution,
+        num_channels=data.num_channels,
+        num_classes=data.num_classes,
+    )
     with torch.device("meta"):  # costs no memory
-        num_weights = sum(parameter.numel() for parameter in UNet(config.model.network, **shape).parameters())
+        num_weights = sum(parameter.numel() for parameter in make().parameters())
     memory = total_memory(torch.device("cpu"))
     if BYTES_PER_WEIGHT * num_weights > memory:
         raise InputError(
             f"Expected a network that fits into {memory / 2**30:.0f} GiB of memory, got one of {num_weights:.3g} "
             "weights: lower model.network.width, channel_multipliers or num_res_blocks."
         )
-    network = UNet(config.model.network, **shape, generator=torch.Generator().manual_seed(config.train.seed))
+    network = make(generator=torch.Generator().manual_seed(config.train.seed))
     return Denoiser(
         network, config.model.denoiser, sigma_data=loss.sigma_data, beta_min=loss.beta_min, beta_d=loss.beta_d
     )
@@ -385,77 +392,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"Expected sections and keys in {path}, got a {type(content).__name__}: see configs/.")
     return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases, of which a page of text can unfold to gigabytes; a date is a text."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias (*name): write the value itself")
-        return super().compose_node(parent, index)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def parse_yaml(text: str) -> Any:
-    """Returns the value of a YAML text.
-
-    Raises:
-        ValueError: with the reason, if it is none.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except Exception as error:  # "!!int ''" is an IndexError, "!!timestamp x" an AttributeError, and so on
-        raise ValueError(_first_line(error)) from None
-
-
-def check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
-    """Raises InputError unless a value from YAML is made of sections, lists, texts, numbers, true, false and null.
-
-    Whole numbers are to fit 64 bits, texts to be writable as UTF-8. ``${`` is refused: OmegaConf would look elsewhere
-    for what it names, in the environment even, and a config is published with the model.
-    """
-    what = None
-    if isinstance(value, dict) and depth < MAX_DEPTH:
-        for name, item in value.items():
-            if not isinstance(name, str):
-                shown = name if isinstance(name, int) and name.bit_length() < 64 else f"a {type(name).__name__}"
-                raise InputError(
-                    f"Expected a known key in {where}, got {shown}: the sections are {', '.join(SECTIONS)}."
-                )
-            check_plain(name, where, "a key", depth + 1)
-            check_plain(item, where, f"{key}.{name}".lstrip("."), depth + 1)
-    elif isinstance(value, list) and depth < MAX_DEPTH:
-        for item in value:
-            check_plain(item, where, key, depth + 1)
-    elif isinstance(value, dict | list):
-        what = "lists or sections nested too deeply"
-    elif isinstance(value, str):
-        if "${" in value:
-            what = f"{value!r}, which would refer to something else: write the value itself"
-        elif "\0" in value or not _is_utf_8(value):
-            what = f"{value!r}, which cannot be written as text"
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        what = f"a whole number of {value.bit_length()} bits: 63 are the most"
-    elif value is not None and not isinstance(value, bool | int | float):
-        what = f"a {type(value).__name__}: give a text, a number, a list, true, false or null"
-    if what is not None:
-        raise InputError(f"Expected a plain value of {key} in {where}, got {what}.")
-
-
-def _is_utf_8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

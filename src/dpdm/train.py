@@ -34,6 +34,7 @@ from dpdm.privacy.draws import record_draws
 from dpdm.privacy.poisson import poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
+from dpdm.untrusted import clean
 from dpdm.warmup import central_images, train_on_central_images
 from dpdm.workdir import Workdir
 
@@ -197,7 +198,7 @@ def announcement(run: Run) -> str:
     if plan.warmup is not None:
         lines.append(f"  Central images: one Gaussian mechanism, noise multiplier {plan.warmup.noise_multiplier:g}.")
     if run.config.data.class_names:
-        lines.append(f"  Published as they are: the class names {', '.join(run.config.data.class_names)}.")
+        lines.append(f"  Published as they are: the class names {', '.join(map(clean, run.config.data.class_names))}.")
     if run.archive.groups is not None and plan.unit == "image":
         lines.append(
             "  Warning: data.unit=image, though the images have groups: k images of one person are protected only as k "
