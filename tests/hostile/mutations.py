@@ -5,6 +5,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 
 NUMBERS = (
     0,
@@ -55,8 +56,7 @@ def mutate(content: bytes, chance: random.Random, others: Sequence[bytes] = ()) 
     """Returns one to four mutations of a file, one behind the other; ``others`` are files to splice with."""
     for _ in range(chance.choice((1, 1, 2, 4))):
         kinds = ANY + (ZIP * 2 if content[:4] == b"PK\3\4" else [])
-        kind = chance.choice([*kinds, splice])
-        content = kind(content, chance, others) if kind is splice else kind(content, chance)
+        content = chance.choice([*kinds, partial(splice, others=others)])(content, chance)
     return content
 
 
