@@ -154,7 +154,7 @@ def test_a_forged_statement_is_refused(release: Path, change: Callable[[Any], An
         (lambda c: c["data"].update(name="ab" * 32), "config.json holds 64 hex digits"),
         (lambda c: c["model"]["network"].update(width=8), "by config.json it is F32"),
         (lambda c: c["model"]["network"].update(num_res_blocks=32), "config.json asks for 32 blocks"),
-        (lambda c: c["model"]["network"].update(num_res_blocks=10**9), "config.json cannot be used"),
+        (lambda c: c["model"]["network"].update(num_res_blocks=10**9), "num_res_blocks >= 1 and <= 32"),
         (lambda c: c["data"].update(resolution=7), "synthetic.zip: 00000/img00000000.png is of 8x8 pixels"),
     ],
 )
@@ -267,14 +267,13 @@ def test_what_takes_too_long_or_means_nothing_is_not_recomputed(release: Path, m
     for change, problem in (
         ({"noise_multiplier": 0.1, "num_steps": 10_000}, "promises nothing"),
         ({"noise_multiplier": 1e-9}, "<= noise_multiplier <="),
+        ({"num_steps": 10**7}, "<= num_steps <="),
+        ({"num_steps": 2 * 10**6, "noise_multiplier": 1e4}, "more than 1000000 steps"),
     ):
         content = (release / "privacy.json").read_text()
         edit(release, "privacy.json", lambda s, change=change: s["mechanisms"][1].update(change))
         assert any(problem in line for line in problems_of(release)), problems_of(release)
         (release / "privacy.json").write_text(content)
-    edit(release, "privacy.json", lambda s: s["mechanisms"][1].update(num_steps=10**7))
-    with pytest.raises(RunError, match="num_steps of a mechanism is not in"):
-        verify(release)
 
 
 # Files that nobody should open

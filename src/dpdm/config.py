@@ -374,8 +374,8 @@ def _merge(config: Any, content: Mapping[str, Any], where: str) -> Any:
             raise InputError(f"Expected a known key in {where}, got {key}: {hint}")
     try:
         return OmegaConf.merge(config, content)
-    except OmegaConfBaseException as error:
-        key = error.full_key or "a key"
+    except (OmegaConfBaseException, TypeError) as error:  # a section in place of a list is a TypeError
+        key = getattr(error, "full_key", None) or "a key"
         value = dict(_leaves(content)).get(key)
         raise InputError(f"Expected a fitting value of {key} in {where}, got {value!r}: {_first_line(error)}") from None
 

@@ -94,6 +94,9 @@ def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Co
     if second > LARGEST_EPSILON:
         found.problems.append(f"an epsilon above {LARGEST_EPSILON:g} promises nothing and is not recomputed twice")
         return found
+    if sum(mechanism.num_steps for mechanism in mechanisms) > account.LARGEST_STEPS:
+        found.problems.append(f"an epsilon of more than {account.LARGEST_STEPS} steps is not recomputed twice")
+        return found
     size = statement["dataset_size"]
     plan = {"dataset_size": size, "num_iterations": planned_steps(config, size)}
     expected = make_statement(config, mechanisms, plan)  # at the config's delta
@@ -163,8 +166,8 @@ def _mechanism(entry: Any) -> Mechanism:
     numbers = _is_number(entry["sampling_rate"]) and _is_number(entry["noise_multiplier"])
     if not isinstance(entry["name"], str) or not numbers or type(entry["num_steps"]) is not int:
         raise ValueError("a mechanism has a name that is no word, or a number that is none")
-    if not 0 < entry["num_steps"] <= account.LARGEST_STEPS:
-        raise ValueError(f"num_steps of a mechanism is not in 1..{account.LARGEST_STEPS}")
+    if not 0 < entry["num_steps"] <= second_accountant.MAX_STEPS:
+        raise ValueError(f"num_steps of a mechanism is not in 1..{second_accountant.MAX_STEPS}")
     return Mechanism(**entry)
 
 

@@ -216,8 +216,8 @@ def limited() -> Iterator[None]:
 def stopped_before_the_work() -> Iterator[None]:
     """Ends every command where it would train, draw, start processes or use the network; what is before runs as it is.
 
-    But for two things that would only cost time: there are 60 digits, and noise is calibrated to a few percent, by
-    an accountant that is asked the same question once.
+    But for what would only cost time: there are 60 digits, and noise is calibrated to within a few percent, by an
+    accountant that is asked the same question once.
     """
 
     def stop(*arguments: Any, **keywords: Any) -> NoReturn:
