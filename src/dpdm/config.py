@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -324,16 +325,22 @@ def build_denoiser(config: Config) -> Denoiser:
     data, loss = config.data, config.loss
     if data.resolution is None or data.num_channels is None or data.num_classes is None:
         raise InputError("Expected data.resolution, data.num_channels and data.num_classes, got null: give all three.")
-    shape = {"resolution": data.resolution, "num_channels": data.num_channels, "num_classes": data.num_classes}
+    network_of = partial(
+        UNet,
+        config.model.network,
+        resolution=data.resolution,
+        num_channels=data.num_channels,
+        num_classes=data.num_classes,
+    )
     with torch.device("meta"):  # costs no memory
-        num_weights = sum(parameter.numel() for parameter in UNet(config.model.network, **shape).parameters())
+        num_weights = sum(parameter.numel() for parameter in network_of().parameters())
     memory = total_memory(torch.device("cpu"))
     if BYTES_PER_WEIGHT * num_weights > memory:
         raise InputError(
             f"Expected a network that fits into {memory / 2**30:.0f} GiB of memory, got one of {num_weights:.3g} "
             "weights: lower model.network.width, channel_multipliers or num_res_blocks."
         )
-    network = UNet(config.model.network, **shape, generator=torch.Generator().manual_seed(config.train.seed))
+    network = network_of(generator=torch.Generator().manual_seed(config.train.seed))
     return Denoiser(
         network, config.model.denoiser, sigma_data=loss.sigma_data, beta_min=loss.beta_min, beta_d=loss.beta_d
     )

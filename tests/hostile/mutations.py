@@ -5,6 +5,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 
 NUMBERS = (
     0,
@@ -54,9 +55,8 @@ WORDS = (
 def mutate(content: bytes, chance: random.Random, others: Sequence[bytes] = ()) -> bytes:
     """Returns one to four mutations of a file, one behind the other; ``others`` are files to splice with."""
     for _ in range(chance.choice((1, 1, 2, 4))):
-        kinds = ANY + (ZIP * 2 if content[:4] == b"PK\3\4" else [])
-        kind = chance.choice([*kinds, splice])
-        content = kind(content, chance, others) if kind is splice else kind(content, chance)
+        kinds = [*ANY, *(ZIP * 2 if content[:4] == b"PK\3\4" else []), partial(splice, others=others)]
+        content = chance.choice(kinds)(content, chance)
     return content
 
 
