@@ -36,6 +36,9 @@ PAGE = ROOT / "docs" / "performance.md"
 EXAMPLES, DRAWS = 8, 4  # of the base case
 STEPS_PER_GROUP = 3  # timed in each group of processes
 COLOUR = "#1a7f5a"
+PICTURE = (
+    "![Seconds of a step against draws, examples, pixels and squared width, with the fitted lines](images/scaling.svg)"
+)
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,7 @@ def chart(results: list[dict[str, Any]]) -> str:
 
 def write_page(page: Path, results: list[dict[str, Any]]) -> None:
     """Puts the tables between the page's two marks and the chart into ``images/scaling.svg`` beside it."""
-    write_between(page, "scaling", report(results))
+    write_between(page, "scaling", f"{report(results)}\n\n{PICTURE}")
     (page.parent / "images" / "scaling.svg").write_text(chart(results), encoding="utf-8")
 
 
