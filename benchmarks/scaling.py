@@ -182,7 +182,7 @@ def report(results: list[dict[str, Any]]) -> str:
         for r in lines:
             axis = AXES[r["axis"]]
             times = ", ".join(f"{value}: {s:.3f}" for value, s in zip(r["values"], r["seconds"], strict=True))
-            slope = f"{1e3 * r['slope']:.3g} ms a {axis.unit}"
+            slope = f"{1e3 * r['slope']:.3g} ms per {axis.unit}"
             rows.append([r["axis"], times, f"{1e3 * r['intercept']:.0f} ms", slope, f"{r['largest_deviation']:.0%}"])
         parts.append(table(["what grows", "seconds of a step", "a", "b", "farthest from a + b x"], rows))
     for r in results:
