@@ -255,7 +255,7 @@ def test_central_images_are_left_out_and_their_share_of_noise_kept(archive: Path
     warm = ("train.warmup.enabled=true", "train.warmup.noise_multiplier=40", "dp.noise_multiplier=null", "dp.epsilon=1")
     plan = audit._run_with_canaries(run_config(archive, *warm), str(archive), tmp_path, 20).plan
     steps = Mechanism("steps", plan.sampling_rate, plan.noise_multiplier, plan.num_iterations)
-    assert plan.warmup is None
+    assert plan.warmup == ()
     assert plan.epsilon == epsilon_spent([steps], 1e-5) < 1
     assert epsilon_spent([steps, Mechanism("central images", 1.0, 40.0, 1)], 1e-5) == pytest.approx(1, rel=1e-3)
 

@@ -224,7 +224,7 @@ def test_without_groups_or_with_another_word_it_is_refused(tmp_path: Path) -> No
 def central(path: Path, pixels: np.ndarray, norm: float) -> np.ndarray:
     archive = ImageArchive(write_archive(path, pixels), "group")
     quiet = WarmupConfig(noise_multiplier=1e-12, means_per_class=2, clipping_norm=norm)
-    means, _ = warmup.central_images(archive, quiet, num_classes=3, key=KEY)
+    means = warmup.central_images(archive, quiet, num_classes=3, key=KEY).means
     return means.reshape(6, -1) * len(SIZES) / 6
 
 
@@ -238,6 +238,18 @@ def test_a_person_adds_one_image_to_the_central_images(tmp_path: Path) -> None:
         moved = whole - central(tmp_path / "b.zip", without, 2.0)
         assert np.linalg.norm(moved) == pytest.approx(2.0, rel=1e-6)
         assert (np.abs(moved).sum(axis=1) > 1e-6).sum() == 1
+
+
+def test_a_person_adds_one_image_to_the_central_covariances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.full((len(GROUPS), 1, 8, 8), 255, np.uint8)
+    archive = ImageArchive(write_archive(tmp_path / "a.zip", pixels), "group")
+    zero = warmup.Central(np.zeros((3, 1, 8, 8)), np.arange(3))
+    quiet = WarmupConfig(covariance_noise_multiplier=1e-9, covariance_clipping_norm=2.0)
+    seen = []
+    monkeypatch.setattr(warmup, "principal_factors", lambda found, *_: seen.append(found) or found)
+    warmup.with_covariances(zero, archive, quiet, key=KEY)
+    trace = np.trace(seen[0].sum(0)) * len(SIZES) / 3  # each image that takes part adds its squared norm
+    assert trace == pytest.approx(len(SIZES) * 4.0, rel=1e-3)
 
 
 def test_an_audit_counts_persons(archive: Path, tmp_path: Path) -> None:

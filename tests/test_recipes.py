@@ -34,7 +34,7 @@ def test_every_recipe_is_a_config_that_fits_its_data(
     loaded = config.load([], [*values, *data])
     assert 1 <= loaded.train.expected_batch_size <= dataset_size
     # The warm-up is affordable: at most about a ninth of the budget.
-    share = epsilon_spent([loaded.train.warmup.mechanism()], default_delta(dataset_size))
+    share = epsilon_spent(loaded.train.warmup.mechanisms(), default_delta(dataset_size))
     assert share < 0.5 * epsilon
     if resolution <= 64 and num_channels == 1:
         config.build_denoiser(loaded)
@@ -44,7 +44,7 @@ def test_the_recipe_of_the_digits_can_be_planned() -> None:
     values = recipe(dataset_size=1497, resolution=8, num_channels=1, num_classes=10, epsilon=10, delta=1e-5)
     plan = make_plan(config.load([], [*values, "dp.epsilon=10"]), 1497)
     assert plan.epsilon <= 10
-    assert plan.warmup is not None
+    assert plan.warmup
 
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.2, 1.0, 10.0, 100.0])

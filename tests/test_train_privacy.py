@@ -184,6 +184,29 @@ def test_the_warm_up_is_charged_once_and_before_it_looks(
     assert Mechanism("central images", 1.0, 4.0, 1) in Ledger(watch.workdir.ledger).mechanisms()
 
 
+def test_covariances_are_planned_and_charged_once_and_before_it_looks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, archive: Path
+) -> None:
+    keys = ["enabled=true", "num_iterations=1", "noise_multiplier=4", "covariance_noise_multiplier=3"]
+    config = config_for(archive, *(f"train.warmup.{key}" for key in keys))
+    looked: list[list[str]] = []
+    original = train.with_covariances
+
+    def with_covariances(*positional: Any, **named: Any) -> Any:
+        looked.append([m.name for m in Ledger(tmp_path / "w/private/ledger.jsonl").mechanisms()])
+        return original(*positional, **named)
+
+    monkeypatch.setattr(train, "with_covariances", with_covariances)
+    watch, _ = trained(monkeypatch, tmp_path / "w", config)
+    bought = [Mechanism("central images", 1.0, 4.0, 1), Mechanism("central covariances", 1.0, 3.0, 1)]
+    assert looked == [[mechanism.name for mechanism in bought]]
+    ledger = Ledger(watch.workdir.ledger)
+    assert ledger.mechanisms()[:2] == bought
+    assert [entry["name"] for entry in ledger.header["plan"]["warmup"]] == [mechanism.name for mechanism in bought]
+    without = make_plan(config_for(archive, *(f"train.warmup.{key}" for key in keys[:3])), NUM_IMAGES)
+    assert ledger.header["plan"]["epsilon"] > without.epsilon
+
+
 # Under which randomness.
 
 

@@ -1,13 +1,27 @@
 """The warm-up looks at nothing but noisy means and public randomness, and its distortions are what they are called."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
 from dpdm import config
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.privacy.central import WarmupConfig
-from dpdm.warmup import augment, central_images, gaussian_blur, train_on_central_images
+from dpdm.warmup import (
+    Central,
+    augment,
+    central_images,
+    coarseness,
+    deviations,
+    gaussian_blur,
+    sampler,
+    train_on_central_images,
+    with_covariances,
+)
 
 
 def test_blur_against_scipy() -> None:
@@ -46,10 +60,10 @@ def test_central_images_of_a_colour_archive(tmp_path) -> None:
         for index, image in enumerate(pixels):
             writer.add(image, index % 2)
     quiet = WarmupConfig(noise_multiplier=1e-9, clipping_norm=100.0)
-    means, labels = central_images(ImageArchive(tmp_path / "a.zip"), quiet, num_classes=2, key=bytes(32))
-    assert labels.tolist() == [0, 1]
+    central = central_images(ImageArchive(tmp_path / "a.zip"), quiet, num_classes=2, key=bytes(32))
+    assert central.labels.tolist() == [0, 1]
     for label in range(2):
-        assert np.allclose(means[label], pixels[label::2].mean(0) / 255, atol=1e-6)
+        assert np.allclose(central.means[label], pixels[label::2].mean(0) / 255, atol=1e-6)
 
 
 def test_training_on_means_is_a_function_of_means_and_seed() -> None:
@@ -60,8 +74,79 @@ def test_training_on_means_is_a_function_of_means_and_seed() -> None:
     for shift in (0.0, 0.0, 0.1):
         denoiser = config.build_denoiser(settings)
         ema = train_on_central_images(
-            denoiser, means - shift, np.array([0, 1]), WarmupConfig(num_iterations=4), settings.loss, seed=1
+            denoiser, Central(means - shift, np.array([0, 1])), WarmupConfig(num_iterations=4), settings.loss, seed=1
         )
         results.append(torch.cat([tensor.flatten() for tensor in ema.values()]))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_sides_are_reduced_by_whole_factors() -> None:
+    assert [coarseness(side, 16) for side in (8, 16, 28, 32, 64, 37)] == [1, 1, 2, 2, 4, 37]
+
+
+def test_deviations_are_sums_over_blocks_that_keep_the_norm_of_smooth_ones() -> None:
+    images = np.random.default_rng(0).random((3, 2, 6, 6))
+    centres = np.random.default_rng(1).random((3, 2, 6, 6))
+    assert np.allclose(deviations(images, centres, 1), (images - centres).reshape(3, -1))
+    coarse = deviations(images, centres, 2).reshape(3, 2, 3, 3)
+    assert coarse[1, 1, 2, 0] == pytest.approx((images - centres)[1, 1, 4:, :2].sum() / 2)
+    assert (
+        np.linalg.norm(coarse.reshape(3, -1), axis=1) <= np.linalg.norm((images - centres).reshape(3, -1), axis=1)
+    ).all()
+    smooth = np.repeat(np.repeat(images[..., ::2, ::2], 2, -1), 2, -2)
+    assert np.linalg.norm(deviations(smooth, 0 * centres, 2)) == pytest.approx(np.linalg.norm(smooth))
+
+
+LINE = WarmupConfig(
+    covariance_noise_multiplier=1e-9, covariance_clipping_norm=100.0, covariance_side=4, covariance_rank=3
+)
+
+
+def archive_of_lines(path: Path, level: int = 128) -> ImageArchive:
+    """Two classes; in class 0 the upper half varies, in class 1 the left half, about a grey level."""
+    random = np.random.default_rng(0)
+    with ArchiveWriter(path) as writer:
+        for index in range(400):
+            image = np.full((1, 8, 8), level, np.uint8)
+            half = (slice(None), slice(0, 4)) if index % 2 == 0 else (slice(None), slice(None), slice(0, 4))
+            image[half] += np.uint8(40) if random.random() < 0.5 else np.uint8(0)
+            writer.add(image, index % 2)
+    return ImageArchive(path)
+
+
+def test_samples_vary_as_the_images_of_their_class_do(tmp_path: Path) -> None:
+    archive = archive_of_lines(tmp_path / "a.zip")
+    quiet = replace(LINE, noise_multiplier=1e-9, clipping_norm=100.0)
+    central = with_covariances(
+        central_images(archive, quiet, num_classes=2, key=bytes(32)), archive, quiet, key=bytes(32)
+    )
+    assert central.factors is not None
+    assert central.factors.shape == (2, 3, 1, 8, 8)
+    draw = sampler(central, torch.Generator().manual_seed(0), torch.device("cpu"))
+    images = (draw(torch.arange(2).repeat(2000)) + 1) / 2 * 255
+    first, second = images[::2, 0], images[1::2, 0]
+    true = torch.from_numpy(archive.read(np.arange(0, 400, 2))[:, 0]).float()
+    assert torch.allclose(first.mean(0), true.mean(0), atol=2)
+    assert first.std(0)[:3].mean() == pytest.approx(20, rel=0.1)
+    assert first.std(0)[6:].mean() < 2
+    assert second.std(0)[:, :3].mean() == pytest.approx(20, rel=0.1)
+    assert torch.corrcoef(torch.stack([first[:, 0, 0], first[:, 2, 7]]))[0, 1] > 0.99
+
+
+def test_deviations_are_from_the_noisy_means(tmp_path: Path) -> None:
+    """About a wrong centre the deviations have one direction more: that of the error, which is the same for all."""
+    archive = archive_of_lines(tmp_path / "a.zip", level=50)
+    wrong = Central(np.zeros((2, 1, 8, 8)), np.arange(2))
+    factors = with_covariances(wrong, archive, LINE, key=bytes(32)).factors
+    assert factors is not None
+    second_moment = np.square(archive.read(np.arange(0, 400, 2)) / 255.0).sum((1, 2, 3)).mean()
+    assert np.square(factors[0]).sum() == pytest.approx(second_moment, rel=0.15)
+
+
+def test_without_classes_there_is_one_covariance(tmp_path: Path) -> None:
+    archive = archive_of_lines(tmp_path / "a.zip")
+    central = central_images(archive, LINE, num_classes=0, key=bytes(32))
+    factors = with_covariances(central, archive, LINE, key=bytes(32)).factors
+    assert factors is not None
+    assert factors.shape[0] == 1

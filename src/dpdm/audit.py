@@ -206,7 +206,7 @@ def _canvas_run(claim: StepClaim) -> tuple[Run, list[Tensor]]:
         noise_multiplier=claim.mechanism.noise_multiplier,
         epsilon=math.inf,  # nobody asks
         delta=claim.delta,
-        warmup=None,
+        warmup=(),
     )
     with tempfile.TemporaryDirectory() as folder:
         with ArchiveWriter(Path(folder) / "images.zip") as writer:
@@ -354,9 +354,9 @@ def _run_with_canaries(config: Config, source: str, folder: Path, num_canaries: 
     archive = open_archive(replace(config, data=replace(config.data, path=source)), Workdir(folder))
     config = configs.resolve(config, archive)
     plan = make_plan(config, archive.num_records + num_canaries)
-    if plan.warmup is not None:
+    if plan.warmup:
         bare = Mechanism("DP-SGD", plan.sampling_rate, plan.noise_multiplier, plan.num_iterations)
-        plan = replace(plan, warmup=None, epsilon=accounting.epsilon_spent([bare], plan.delta))
+        plan = replace(plan, warmup=(), epsilon=accounting.epsilon_spent([bare], plan.delta))
     device = pick_device(config.setup.device)
     use_full_precision()
     torch.set_num_threads(config.setup.num_threads or torch.get_num_threads())

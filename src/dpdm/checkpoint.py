@@ -114,7 +114,8 @@ def check_accounted(state: TrainState, facts: dict[str, Any], ledger: Ledger) ->
             f"Expected ledger {ledger.path} to hold the line that the checkpoint was saved after, found none: one "
             "of the two is another run's or damaged; start a new run."
         )
-    if ledger.spent("DP-SGD") < state.step or (state.warmup and not ledger.spent("central images")):
+    bought = [m["name"] for m in ledger.header["plan"]["warmup"]] if state.warmup else []
+    if ledger.spent("DP-SGD") < state.step or not all(map(ledger.spent, bought)):
         raise RunError(
             f"Expected ledger {ledger.path} to name everything in the checkpoint ({state.step} steps of DP-SGD), got "
             f"{ledger.spent('DP-SGD')}: it is damaged and what was spent is unknown; start a new run."

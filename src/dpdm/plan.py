@@ -19,7 +19,7 @@ class Plan:
         dataset_size: N, the number of images, or of groups.
         sampling_rate, num_iterations, noise_multiplier: of DP-SGD.
         epsilon: of everything in the plan, at ``delta``.
-        warmup: the central images' mechanism, or None.
+        warmup: the mechanisms of central images and covariances; none without a warm-up.
         unit: what one record is, "image" or "group".
     """
 
@@ -30,7 +30,7 @@ class Plan:
     noise_multiplier: float
     epsilon: float
     delta: float
-    warmup: accounting.Mechanism | None
+    warmup: tuple[accounting.Mechanism, ...]
     unit: str = "image"
 
     def step(self) -> accounting.Mechanism:
@@ -62,8 +62,7 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
     if steps is None:
         assert config.train.num_epochs is not None  # check_keys has looked
         steps = account.steps_of("train.num_epochs", config.train.num_epochs, dataset_size, batch)
-    warmup = config.train.warmup.mechanism() if config.train.warmup.enabled else None
-    others = [warmup] if warmup else []
+    others = config.train.warmup.mechanisms()
     noise_multiplier = config.dp.noise_multiplier
     if noise_multiplier is None:
         assert config.dp.epsilon is not None  # exactly one of the two is given
@@ -73,7 +72,7 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
     dp_sgd = accounting.Mechanism("DP-SGD", rate, noise_multiplier, steps)
     account.check_worth([*others, dp_sgd], config.dp.delta)
     epsilon = accounting.epsilon_spent([*others, dp_sgd], config.dp.delta)
-    return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, warmup, unit)
+    return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, others, unit)
 
 
 def check_keys(config: Config) -> None:
@@ -84,5 +83,6 @@ def check_keys(config: Config) -> None:
         raise InputError("Expected train.num_epochs or train.num_iterations, got neither: give one.")
     if train.num_iterations is not None:
         account.check_steps(train.num_iterations, "train.num_iterations")
-    if train.warmup.enabled:
-        account.check_noise_multiplier(train.warmup.noise_multiplier, "train.warmup.noise_multiplier")
+    for mechanism in train.warmup.mechanisms():
+        name = "noise_multiplier" if mechanism.name == "central images" else "covariance_noise_multiplier"
+        account.check_noise_multiplier(mechanism.noise_multiplier, f"train.warmup.{name}")

@@ -51,6 +51,7 @@ class Words:
     others: str
     several: str
     central: str
+    covariances: str
     assumptions: tuple[str, ...]
     not_covered: tuple[str, ...]
 
@@ -63,6 +64,8 @@ WORDS = {
         others="every other image",
         several="images of one person",
         central="each image clipped and added to one of them",
+        covariances="noisy covariances of each class ('central covariances'), to which each image adds the product of "
+        "its clipped distance from its class's noisy mean with itself",
         assumptions=(
             "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
         ),
@@ -75,6 +78,8 @@ WORDS = {
         others="all images of every other person",
         several="persons",
         central="of each person one image, chosen at random, clipped and added to one of them",
+        covariances="noisy covariances of each class ('central covariances'), to which one image of each person, "
+        "chosen at random, adds the product of its clipped distance from its class's noisy mean with itself",
         assumptions=(
             "The groups are right: all images that show a person are in one group. Whoever is in several groups is "
             "protected as so many persons are together (see group_privacy).",
@@ -218,8 +223,10 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
         ],
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    if config.train.warmup.enabled:
+    if warmup := config.train.warmup.mechanisms():
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
+        if len(warmup) > 1:
+            statement["warmup"] += f"; {words.covariances}"
     return statement
 
 

@@ -34,6 +34,7 @@ from dpdm.errors import InputError
 from dpdm.files import write_text
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import noise
+from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
 from dpdm.workdir import Workdir
 
@@ -76,7 +77,8 @@ class Books:
         Guarantee: both depend on the run's key, the data, the config, what is bought, and on how it is computed
         (code, libraries, hardware, threads, processes, physical batch; see ``execution``). So the same randomness is
         not used for two computations that differ; on a CPU, whoever repeats a purchase with the same identity gets the
-        same bits. The central images are exact integer sums, which no hardware changes; they depend on the code alone.
+        same bits. Central images and covariances are exact integer sums, which no hardware changes; they depend on the
+        code alone.
 
         With dp.seed there is no guarantee, and a step's randomness depends on its number alone: so that runs which
         differ in rounding can be compared.
@@ -103,16 +105,15 @@ class Books:
         self.ledger.reserve(self.run.plan.step(), name)
         return key
 
-    def buy_central_images(self) -> bytes:
-        """Charges the central images; returns the key of their randomness."""
-        name, key = self.identity("central images")
-        if self.ledger.spent("central images") and not self.ledger.was_charged(name):
+    def buy_for_warmup(self, mechanism: Mechanism) -> bytes:
+        """Charges one of the plan's purchases for the warm-up; returns the key of its randomness."""
+        name, key = self.identity(mechanism.name)
+        if self.ledger.spent(mechanism.name) and not self.ledger.was_charged(name):
             raise InputError(
-                "Expected the key with which the central images were bought, got another: they would have to be bought "
-                "again; start a new run."
+                f"Expected the key with which the {mechanism.name} were bought, got another: they would have to be "
+                "bought again; start a new run."
             )
-        assert self.run.plan.warmup is not None  # the caller has looked
-        self.ledger.reserve(self.run.plan.warmup, name)
+        self.ledger.reserve(mechanism, name)
         return key
 
     def save(self, state: TrainState) -> None:

@@ -20,7 +20,7 @@ from dpdm.privacy.accounting import Mechanism
 from dpdm.release import ALLOWED, LIBRARIES, make_statement
 from dpdm.untrusted import clean
 
-KNOWN_MECHANISMS = ("DP-SGD", "central images")
+KNOWN_MECHANISMS = ("DP-SGD", "central images", "central covariances")
 # A statement's epsilon is the first accountant's own number: the rounding of floats apart they are equal. The second
 # accountant is within 0.1 % of the truth and, like the first, never below it; so a second number that is larger by more
 # than that shows that the first is wrong. Where a use costs next to nothing the first is far above the truth.
@@ -115,13 +115,14 @@ def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], confi
     """Returns what in a statement is not as the config would have it."""
     dp, train, size = config.dp, config.train, statement["dataset_size"]
     delta, used = statement["delta"], {m.name: m for m in mechanisms}
-    central = train.warmup.mechanism() if train.warmup.enabled else None
+    bought = {m.name: m for m in train.warmup.mechanisms()}
     facts: list[tuple[str, Any, Any]] = [
         ("unit", statement.get("unit"), UNITS[config.data.unit]),
         ("delta", delta, dp.delta),
         ("clipping_norm", statement["clipping_norm"], dp.clipping_norm),
-        ("the mechanism of central images", used.get("central images"), central),
     ]
+    for name in ("central images", "central covariances"):
+        facts.append((f"the mechanism of {name}", used.get(name), bought.get(name)))
     unit = config.data.unit
     problems = [] if delta * size < 1 else [f"delta {delta:g} allows publishing one of {size} {unit}s as it is"]
     if steps := used.get("DP-SGD"):

@@ -35,7 +35,7 @@ from dpdm.privacy.poisson import poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
 from dpdm.untrusted import clean
-from dpdm.warmup import central_images, train_on_central_images
+from dpdm.warmup import central_images, train_on_central_images, with_covariances
 from dpdm.workdir import Workdir
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
@@ -61,7 +61,7 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
             print(configs.to_yaml(run.config), file=sys.stderr)
             print(announcement(run), file=sys.stderr, flush=True)
         monitor = Monitor(run.config, workdir, run.denoiser)  # first, as it looks for files that the config names
-        if books and run.plan.warmup is not None and not state.warmup:
+        if books and run.plan.warmup and not state.warmup:
             state = _warm_up(run, books)
         share_state(state)
         optimizer = _optimizer(run, state)
@@ -195,8 +195,9 @@ def announcement(run: Run) -> str:
         f"  DP-SGD: {plan.num_iterations} steps, sampling rate {plan.sampling_rate:.4g}, noise multiplier "
         f"{plan.noise_multiplier:g}, clipping norm {run.config.dp.clipping_norm:g}.",
     ]
-    if plan.warmup is not None:
-        lines.append(f"  Central images: one Gaussian mechanism, noise multiplier {plan.warmup.noise_multiplier:g}.")
+    for bought in plan.warmup:
+        name, sigma = bought.name.capitalize(), bought.noise_multiplier
+        lines.append(f"  {name}: one Gaussian mechanism, noise multiplier {sigma:g}.")
     if run.config.data.class_names:
         lines.append(f"  Published as they are: the class names {', '.join(map(clean, run.config.data.class_names))}.")
     if run.archive.groups is not None and plan.unit == "image":
@@ -213,18 +214,17 @@ def announcement(run: Run) -> str:
 
 
 def _warm_up(run: Run, books: Books) -> TrainState:
-    """Buys central images and trains on them; returns the state in which DP-SGD begins."""
-    config = run.config.train.warmup
-    key = books.buy_central_images()
-    means, labels = central_images(run.archive, config, num_classes=run.denoiser.network.num_classes, key=key)
-    ema = train_on_central_images(
-        run.denoiser,
-        means,
-        labels,
-        config,
-        run.config.loss,
-        seed=run.config.train.seed,
-    )
+    """Buys central images, and covariances if the config asks for them, and trains on them; returns where it ends."""
+    config, num_classes = run.config.train.warmup, run.denoiser.network.num_classes
+    central = None
+    for mechanism in run.plan.warmup:
+        key = books.buy_for_warmup(mechanism)
+        if central is None:
+            central = central_images(run.archive, config, num_classes=num_classes, key=key)
+        else:
+            central = with_covariances(central, run.archive, config, key=key)
+    assert central is not None  # the caller has looked
+    ema = train_on_central_images(run.denoiser, central, config, run.config.loss, seed=run.config.train.seed)
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser)
     state.warmup = {name: tensor.clone() for name, tensor in ema.items()}

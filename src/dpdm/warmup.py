@@ -1,6 +1,8 @@
-"""The warm-up: ordinary training on central images that were bought with noise. It costs no privacy of its own."""
+"""The warm-up: ordinary training on what was bought with noise. It costs no privacy of its own."""
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,17 +13,41 @@ from dpdm.data.archive import ImageArchive
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
-from dpdm.privacy.central import WarmupConfig, default_clipping_norm, noisy_class_means
+from dpdm.privacy.central import (
+    WarmupConfig,
+    default_clipping_norm,
+    default_covariance_clipping_norm,
+    noisy_class_means,
+)
+from dpdm.privacy.covariance import noisy_class_covariances, principal_factors
 from dpdm.privacy.noise import derive_key, random_words, to_uniform
 from dpdm.progress import Progress
 
 PIECE = 1024  # images decoded at a time
 
 
-def central_images(
-    archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns noisy class means as images, and their labels; see ``noisy_class_means`` for the guarantee.
+@dataclass(frozen=True)
+class Central:
+    """What the warm-up bought: with noise, so that it may be used in any way.
+
+    Attributes:
+        means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it.
+        labels: (cells,) int64.
+        factors: of each class's covariance, (num_classes, rank, C, H, W) float64, or None.
+    """
+
+    means: np.ndarray
+    labels: np.ndarray
+    factors: np.ndarray | None = None
+
+    def class_means(self) -> np.ndarray:
+        """Returns the mean of each class's cells, limited to [0, 1], (num_classes, C, H, W)."""
+        cells = len(self.labels) // (int(self.labels.max()) + 1)
+        return self.means.reshape(-1, cells, *self.means.shape[1:]).mean(1).clip(0, 1)
+
+
+def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> Central:
+    """Returns noisy class means as images; see ``noisy_class_means`` for the guarantee.
 
     Of a group of images one takes part, chosen by the key.
 
@@ -32,21 +58,13 @@ def central_images(
         config: its noise multiplier, cells and clipping norm.
         num_classes: 0 without classes.
         key: of this purpose alone.
-
-    Returns:
-        (cells, C, H, W) float64, pixels about [0, 1] but not limited to it, and (cells,) int64.
     """
     shape = (archive.num_channels, archive.resolution, archive.resolution)
-    count = archive.num_records
-    chosen = archive.choose_images(np.arange(count), to_uniform(random_words(derive_key(key, "images"), count)))
-    pieces = (
-        archive.read(chosen[start : start + PIECE]).reshape(-1, math.prod(shape)) / 255.0
-        for start in range(0, count, PIECE)
-    )
+    chosen = _choose(archive, key)
     means = noisy_class_means(
-        pieces,
+        (piece.reshape(len(piece), -1) for _, piece in _pieces(archive, chosen)),
         archive.labels[chosen] if num_classes and archive.labels is not None else None,
-        dataset_size=count,
+        dataset_size=len(chosen),
         num_classes=max(num_classes, 1),
         means_per_class=config.means_per_class,
         clipping_norm=config.clipping_norm or default_clipping_norm(math.prod(shape)),
@@ -54,42 +72,102 @@ def central_images(
         key=key,
     )
     labels = np.repeat(np.arange(max(num_classes, 1)), config.means_per_class)
-    return means.reshape(-1, *shape), labels
+    return Central(means.reshape(-1, *shape), labels)
+
+
+def with_covariances(central: Central, archive: ImageArchive, config: WarmupConfig, *, key: bytes) -> Central:
+    """Returns ``central`` with noisy covariances; see ``noisy_class_covariances`` for the guarantee.
+
+    Of a group of images one takes part, chosen by the key.
+
+    Guarantee: a record adds the product of one vector with itself, a function of this record, the key and
+    ``central``, which was released before.
+
+    Args:
+        central: the noisy means.
+        archive: the private images.
+        config: its noise multiplier, clipping norm, side and rank.
+        key: of this purpose alone.
+    """
+    assert config.covariance_noise_multiplier is not None  # the caller has looked
+    centres = central.class_means()
+    num_classes, channels, side = len(centres), archive.num_channels, archive.resolution
+    chosen = _choose(archive, key)
+    labels = archive.labels[chosen] if num_classes > 1 and archive.labels is not None else None
+    factor = coarseness(side, config.covariance_side)
+    norm = config.covariance_clipping_norm or default_covariance_clipping_norm(channels * side**2)
+    of_record = np.zeros(len(chosen), np.int64) if labels is None else labels
+    covariances = noisy_class_covariances(
+        (deviations(piece, centres[of_record[rows]], factor) for rows, piece in _pieces(archive, chosen)),
+        labels,
+        dataset_size=len(chosen),
+        num_classes=num_classes,
+        clipping_norm=norm,
+        noise_multiplier=config.covariance_noise_multiplier,
+        key=key,
+    )
+    noise = config.covariance_noise_multiplier * norm**2 / math.sqrt(2) / (len(chosen) / num_classes)
+    factors = principal_factors(covariances, noise, config.covariance_rank)
+    coarse = torch.from_numpy(factors.swapaxes(1, 2).copy()).view(-1, channels, side // factor, side // factor)
+    fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False) / factor
+    return replace(central, factors=fine.view(num_classes, -1, channels, side, side).numpy())
+
+
+def coarseness(side: int, largest: int) -> int:
+    """Returns the least whole factor by which ``side`` can be reduced to at most ``largest`` pixels."""
+    return next(factor for factor in range(1, side + 1) if side % factor == 0 and side // factor <= largest)
+
+
+def deviations(images: np.ndarray, centres: np.ndarray, factor: int) -> np.ndarray:
+    """Returns images less their centres, (n, C, H, W) both, reduced by ``factor`` with orthonormal weights, (n, D).
+
+    A coarse pixel is the sum of the pixels it covers over ``factor``, so that no image gets longer.
+    """
+    n, channels, height, width = images.shape
+    blocks = (images - centres).reshape(n, channels, height // factor, factor, width // factor, factor)
+    return blocks.sum(axis=(3, 5)).reshape(n, -1) / factor
+
+
+def _choose(archive: ImageArchive, key: bytes) -> np.ndarray:
+    """Returns for each record the image that takes part."""
+    count = archive.num_records
+    return archive.choose_images(np.arange(count), to_uniform(random_words(derive_key(key, "images"), count)))
+
+
+def _pieces(archive: ImageArchive, chosen: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields which of the ``chosen`` images come and their pixels in [0, 1], (n, C, H, W) float64."""
+    for start in range(0, len(chosen), PIECE):
+        rows = slice(start, start + PIECE)
+        yield rows, archive.read(chosen[rows]) / 255.0
 
 
 def train_on_central_images(
-    denoiser: Denoiser,
-    means: np.ndarray,
-    labels: np.ndarray,
-    config: WarmupConfig,
-    loss_config: LossConfig,
-    *,
-    seed: int,
+    denoiser: Denoiser, central: Central, config: WarmupConfig, loss_config: LossConfig, *, seed: int
 ) -> dict[str, Tensor]:
     """Trains ``denoiser`` in place on augmented central images; returns the weights' moving average.
 
-    Everything here is a function of the released means and of public randomness: post-processing.
+    Everything here is a function of what was released and of public randomness: post-processing.
     """
     device = next(denoiser.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    images = torch.from_numpy(means.clip(0, 1) * 2 - 1).float().to(device)
-    classes = torch.from_numpy(labels).to(device) if denoiser.network.num_classes else None
+    classes = torch.from_numpy(central.labels).to(device)
     parameters = dict(denoiser.network.named_parameters())
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate)
     size = config.batch_size
+    draw = sampler(central, generator, device)
     with Progress("Warm-up", config.num_iterations, unit="steps") as progress:
         for step in range(config.num_iterations):
             optimizer.param_groups[0]["lr"] = (
                 config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.num_iterations))
             )
-            rows = torch.randint(len(images), (size,), generator=generator).to(device)
-            batch = augment(images[rows], config, generator)
+            rows = torch.randint(len(classes), (size,), generator=generator).to(device)
+            batch = augment(draw(rows), config, generator)
             u = torch.rand(1, size, generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
             loss = diffusion_loss(
                 denoiser,
                 batch,
-                None if classes is None else classes[rows],
+                classes[rows] if denoiser.network.num_classes else None,
                 sigma=noise_level(loss_config, denoiser.kind, u).float().to(device),
                 noise=torch.randn(1, *batch.shape, generator=generator).to(device),
                 drop_label=(torch.rand(1, size, generator=generator) < loss_config.label_dropout).to(device),
@@ -101,6 +179,22 @@ def train_on_central_images(
             update_ema(ema, parameters, ema_decay(config.ema_rate, step))
             progress.advance()
     return ema
+
+
+def sampler(central: Central, generator: torch.Generator, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Returns a function that draws an image of each cell (n,): its mean, moved along the class's directions."""
+    means = torch.from_numpy(central.means.clip(0, 1)).float().to(device)
+    if central.factors is None:
+        return lambda cells: means[cells] * 2 - 1
+    factors = torch.from_numpy(central.factors).float().to(device)
+    labels = torch.from_numpy(central.labels).to(device)
+
+    def draw(cells: Tensor) -> Tensor:
+        along = torch.randn(len(cells), factors.shape[1], generator=generator).to(device)
+        moved = torch.einsum("nr,nrchw->nchw", along, factors[labels[cells]])
+        return (means[cells] + moved).clamp(0, 1) * 2 - 1
+
+    return draw
 
 
 def augment(images: Tensor, config: WarmupConfig, generator: torch.Generator) -> Tensor:

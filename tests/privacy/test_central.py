@@ -90,7 +90,7 @@ def test_missing_records_are_noticed() -> None:
 
 
 def test_its_cost_is_one_full_batch_gaussian() -> None:
-    mechanism = WarmupConfig(noise_multiplier=7.0).mechanism()
+    (mechanism,) = WarmupConfig(enabled=True, noise_multiplier=7.0).mechanisms()
     assert (mechanism.sampling_rate, mechanism.noise_multiplier, mechanism.num_steps) == (1.0, 7.0, 1)
 
 

@@ -12,6 +12,7 @@ FALSE_ALARMS = 0.01
 MEANING = {
     "DP-SGD": "DP-SGD (training in noisy steps)",
     "central images": "Central images (a noisy average of each class)",
+    "central covariances": "Central covariances (noisy measures of how each class's images differ)",
 }
 RESTS_ON = {"threat_model": "Who attacks", "randomness": "Randomness", "floating_point": "Rounding"}
 NOT_COVERED = {

@@ -1,4 +1,7 @@
-"""Central images: noisy means of each class, bought once, on which a model is warmed up before DP-SGD."""
+"""Central images: noisy means of each class, bought once, on which a model is warmed up before DP-SGD.
+
+What else the warm-up may buy is in ``covariance.py``.
+"""
 
 import math
 from collections.abc import Iterable
@@ -24,6 +27,13 @@ class WarmupConfig:
         noise_multiplier: noise standard deviation / clipping_norm of the one release of all means.
         means_per_class: cells per class.
         clipping_norm: bound on one image's vector, pixels in [0, 1]; None: half the norm of an all-white image.
+        covariance_noise_multiplier: noise standard deviation / covariance_clipping_norm^2 of the one release of all
+            classes' covariances; None: they are not bought.
+        covariance_clipping_norm: bound on an image's distance from its class's noisy mean, pixels in [0, 1], after it
+            was reduced to ``covariance_side`` (see ``warmup.deviations``); None: a seventh of the norm of an all-white
+            image.
+        covariance_side: most pixels along a side at which deviations are measured.
+        covariance_rank: most directions of each class.
         num_iterations: training steps on the noisy means; they cost no privacy.
         batch_size: images per such step.
         learning_rate: of Adam, for these steps.
@@ -37,6 +47,10 @@ class WarmupConfig:
     noise_multiplier: float = 5.0
     means_per_class: int = 1
     clipping_norm: float | None = None
+    covariance_noise_multiplier: float | None = None
+    covariance_clipping_norm: float | None = None
+    covariance_side: int = 16
+    covariance_rank: int = 30
     num_iterations: int = 1000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -46,20 +60,34 @@ class WarmupConfig:
     contrast: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("noise_multiplier", "means_per_class", "batch_size", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"Expected a finite train.warmup.{name} > 0, got {getattr(self, name)}.")
-        if self.clipping_norm is not None and not 0 < self.clipping_norm < math.inf:
-            raise InputError(f"Expected a finite train.warmup.clipping_norm > 0, got {self.clipping_norm}.")
+        for name in (
+            "noise_multiplier",
+            "means_per_class",
+            "clipping_norm",
+            "covariance_noise_multiplier",
+            "covariance_clipping_norm",
+            "covariance_side",
+            "covariance_rank",
+            "batch_size",
+            "learning_rate",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"Expected a finite train.warmup.{name} > 0, got {value}.")
         for name in ("num_iterations", "augmentation", "blur", "contrast"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"Expected a finite train.warmup.{name} >= 0, got {getattr(self, name)}.")
         if not 0 <= self.ema_rate < 1:
             raise InputError(f"Expected 0 <= train.warmup.ema_rate < 1, got {self.ema_rate}.")
 
-    def mechanism(self) -> Mechanism:
-        """Returns what the means cost: one full-batch Gaussian mechanism."""
-        return Mechanism("central images", 1.0, self.noise_multiplier, 1)
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """Returns what the warm-up buys, in this order: full-batch Gaussian mechanisms; none if it is not enabled."""
+        if not self.enabled:
+            return ()
+        means = Mechanism("central images", 1.0, self.noise_multiplier, 1)
+        if self.covariance_noise_multiplier is None:
+            return (means,)
+        return (means, Mechanism("central covariances", 1.0, self.covariance_noise_multiplier, 1))
 
 
 def noisy_class_means(
@@ -126,3 +154,11 @@ def noisy_class_means(
 def default_clipping_norm(num_pixels: int) -> float:
     """Returns half the norm of an all-white image: above most digits' norm, from public facts alone."""
     return 0.5 * math.sqrt(num_pixels)
+
+
+def default_covariance_clipping_norm(num_pixels: int) -> float:
+    """Returns a seventh of the norm of an all-white image, from public facts alone.
+
+    Handwriting and clothes differ from their class's mean by more; clipping then keeps directions and lowers the noise.
+    """
+    return math.sqrt(num_pixels) / 7
