@@ -33,6 +33,7 @@ LAYERS = (
         "progress",
         "reference",
         "plain_yaml",
+        "optimizer",
         "files",
         "untrusted",
         "errors",
@@ -49,6 +50,7 @@ WITHIN_LAST = {
     "distributed": {"errors"},
     "reference": {"errors"},
     "plain_yaml": {"errors"},
+    "optimizer": {"errors"},
     "__init__": {"release"},
 }
 WITHOUT_TORCH = (

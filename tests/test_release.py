@@ -43,6 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workdir:
         "train.warmup.enabled=true",
         "train.warmup.num_iterations=2",
         "loss.noise_multiplicity=2",
+        "model.ema_rates=[0.05, 0.0]",
         "model.network.width=4",
         "model.network.channel_multipliers=[1]",
         "model.network.num_res_blocks=1",
@@ -82,6 +83,27 @@ def test_the_weights_are_the_moving_average_and_nothing_else(workdir: Workdir) -
         assert torch.equal(tensor, dict(network.named_parameters())[name])
     # Otherwise the comparison would not tell the groups of the checkpoint apart.
     assert any(not torch.equal(state.ema[name], state.parameters[name]) for name in released)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.0])
+def test_another_average_may_be_released(workdir: Workdir, rate: float) -> None:
+    state, _ = checkpoint.load(workdir.checkpoint)
+    release = make_release(workdir, rate)
+    assert verify(release).problems == []
+    assert load_config(release).model.ema_rate == rate
+    found = dict(load_denoiser(release).network.named_parameters())
+    wanted = state.average(rate)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, found[name].detach())
+        assert rate > 0 or torch.equal(tensor, state.parameters[name])
+    assert any(not torch.equal(tensor, state.ema[name]) for name, tensor in wanted.items())
+
+
+def test_an_average_that_was_not_kept_is_refused(workdir: Workdir) -> None:
+    with pytest.raises(InputError, match=r"Expected --ema to be one of \[0.999, 0.05, 0.0\].*got 0.9"):
+        make_release(workdir, 0.9)
+    assert not workdir.release.exists()
 
 
 def test_the_statement_tells_all_that_was_bought(workdir: Workdir) -> None:

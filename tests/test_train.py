@@ -15,13 +15,13 @@ import torch
 from dpdm import checkpoint, config
 from dpdm import train as training
 from dpdm.checkpoint import TrainState
-from dpdm.config import Config, OptimConfig
+from dpdm.config import Config
 from dpdm.data.prepare import prepare
 from dpdm.errors import InputError, RunError
 from dpdm.privacy.ledger import Ledger
 from dpdm.release import make_release
 from dpdm.run import physical_batch_size
-from dpdm.train import learning_rate, train
+from dpdm.train import train
 from dpdm.workdir import Workdir
 
 TINY = [
@@ -252,9 +252,3 @@ def test_a_physical_batch_from_a_larger_machine_is_cut_to_the_memory() -> None:
     assert size(24, "train.physical_batch_size=512") == 6 * 12
     assert size(80, "train.physical_batch_size=7") == 7
     assert size(80, "train.physical_batch_size=2000", "train.n_splits=16") == 128
-
-
-def test_learning_rate_schedules() -> None:
-    linear = [learning_rate(OptimConfig(1.0, schedule="linear"), step, 8) for step in range(8)]
-    assert linear == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    assert learning_rate(OptimConfig(0.5), 7, 8) == 0.5

@@ -26,6 +26,7 @@ from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.data.sources import source_path
 from dpdm.device import pick_device, total_memory, use_full_precision
 from dpdm.errors import InputError, RunError
+from dpdm.optimizer import adam_step
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism
@@ -34,8 +35,8 @@ from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
 from dpdm.privacy.poisson import poisson_sample
 from dpdm.progress import Progress
 from dpdm.recipes import recipe
-from dpdm.run import Run, open_archive, physical_batch_size
-from dpdm.train import StepKeys, example_losses, learning_rate, private_step, step_keys
+from dpdm.run import Run, fresh_state, open_archive, physical_batch_size
+from dpdm.train import StepKeys, example_losses, private_step, step_keys
 from dpdm.workdir import Workdir
 
 NUM_DIGITS = 1497  # of the 1,797 digits, the others are held out
@@ -405,11 +406,11 @@ class _Canaries:
 
 def _train_and_score(run: Run, coins: np.ndarray, new_key: Callable[[], bytes]) -> np.ndarray:
     """Trains as ``train`` does on the images and the canaries with a coin; returns the scores of all canaries, (m,)."""
-    plan, optim = run.plan, run.config.optim
+    plan = run.plan
     parameters = dict(run.denoiser.network.named_parameters())
     canaries = _Canaries.place(run, parameters, new_key())
     index = list(parameters).index(canaries.name)
-    optimizer = torch.optim.Adam(parameters.values(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
+    state = fresh_state(run.denoiser)
     absent = canaries.first + np.flatnonzero(~coins)
     scores = np.zeros(len(coins))
     with Progress("One-run audit", plan.num_iterations, unit="steps") as progress:
@@ -417,10 +418,16 @@ def _train_and_score(run: Run, coins: np.ndarray, new_key: Callable[[], bytes]) 
             step = _step_without(absent, run, parameters, canaries, step_keys(new_key()))
             own = step.gradients[index].flatten()[canaries.positions].double().cpu().numpy()
             scores += _log_likelihood_ratio(own * plan.expected_batch_size / run.config.dp.clipping_norm, plan)
-            for parameter, gradient in zip(parameters.values(), step.gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.param_groups[0]["lr"] = learning_rate(optim, number, plan.num_iterations)
-            optimizer.step()
+            adam_step(
+                run.config.optim,
+                parameters,
+                step.gradients,
+                state.exp_avg,
+                state.exp_avg_sq,
+                step=number,
+                num_iterations=plan.num_iterations,
+                noise_deviation=run.noise_deviation(),
+            )
             progress.advance()
     return scores
 

@@ -27,6 +27,7 @@ class TrainState:
     Attributes:
         parameters: raw network weights, by name; updated in place.
         ema: their moving average.
+        averages: further moving averages, by rate and name ("0.99/...").
         exp_avg, exp_avg_sq: Adam's moments.
         step: weight updates of DP-SGD so far.
         warmup: the average's weights after the warm-up; empty without one.
@@ -37,9 +38,15 @@ class TrainState:
     ema: dict[str, Tensor]
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
+    averages: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     warmup: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
+
+    def average(self, rate: float) -> dict[str, Tensor]:
+        """Returns the further average of ``rate``, by name, sharing memory."""
+        own = f"{rate}/"
+        return {name.removeprefix(own): tensor for name, tensor in self.averages.items() if name.startswith(own)}
 
     def digest(self) -> str:
         """Returns a SHA-256 of all that the next update depends on: weights, moments, step."""
@@ -48,7 +55,7 @@ class TrainState:
         return _digest(tensors, str(self.step))
 
 
-GROUPS = ("parameters", "ema", "exp_avg", "exp_avg_sq", "warmup")
+GROUPS = ("parameters", "ema", "averages", "exp_avg", "exp_avg_sq", "warmup")
 
 
 def save(path: Path, state: TrainState, facts: dict[str, Any]) -> None:

@@ -248,8 +248,11 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
     "--workdir", type=PATH, metavar="DIR", help="Folder of the run; with --from: default FILE without suffix."
 )
 @click.option("--from", "source", type=PATH, metavar="FILE", help="Convert this checkpoint of the original, instead.")
+@click.option("--ema", type=float, metavar="RATE", help="Release this one of the averages in model.ema_rates.")
 @config_options
-def release(workdir: Path | None, source: Path | None, config: tuple[str, ...], words: tuple[str, ...]) -> None:
+def release(
+    workdir: Path | None, source: Path | None, ema: float | None, config: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     """Write release/: weights, config, privacy statement and model card.
 
     It ends the run: the keys of its randomness are deleted, so it can be neither resumed nor released again.
@@ -266,9 +269,11 @@ def release(workdir: Path | None, source: Path | None, config: tuple[str, ...], 
             raise InputError("Expected --workdir, got none: give a run's folder, or --from a checkpoint to convert.")
         if files or overrides:
             raise InputError("Expected no --config and no keys without --from: a run is released by its own config.")
-        folder = make_release(Workdir(workdir))
+        folder = make_release(Workdir(workdir), ema)
         print(f"{folder} may be shared. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
         return
+    if ema is not None:
+        raise InputError(f"Expected no --ema with --from, got {ema}: a checkpoint of the original holds one average.")
     if not files:
         raise InputError(f"Expected --config, got none: {source} does not say what network it is of.")
     folder = convert(source, configs.load(files, overrides), Workdir(workdir or source.with_suffix("")))

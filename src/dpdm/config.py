@@ -32,6 +32,7 @@ from dpdm.diffusion.unet import NetworkConfig, UNet
 from dpdm.errors import InputError
 from dpdm.evaluation.fid import EvaluationConfig
 from dpdm.files import write_text
+from dpdm.optimizer import OptimConfig
 from dpdm.plain_yaml import check_plain, parse_yaml
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.dpsgd import DPConfig
@@ -40,6 +41,7 @@ from dpdm.untrusted import read_bytes
 
 MAX_CONFIG_BYTES = 2**19
 BYTES_PER_WEIGHT = 4
+MAX_AVERAGES = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class ModelConfig:
     """Attributes:
     denoiser: preconditioning.
     ema_rate: of the weights' moving average, which is what is released.
+    ema_rates: of further averages that are kept, so that ``dpdm release --ema`` may take one of them instead.
     ckpt: release folder, weights file or original checkpoint to sample from.
     use_ema: take the average from an original checkpoint, not the raw weights; a release holds the average alone.
     network: size of the network.
@@ -92,38 +95,26 @@ class ModelConfig:
 
     denoiser: DenoiserKind = "edm"
     ema_rate: float = 0.999
+    ema_rates: tuple[float, ...] = ()
     ckpt: str | None = None
     use_ema: bool = True
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ema_rate < 1:
-            raise InputError(f"Expected 0 <= model.ema_rate < 1, got {self.ema_rate}.")
+        object.__setattr__(self, "ema_rates", tuple(self.ema_rates))
+        for name, rates in (("ema_rate", (self.ema_rate,)), ("ema_rates", self.ema_rates)):
+            for rate in rates:
+                if not 0 <= rate < 1:
+                    raise InputError(f"Expected 0 <= model.{name} < 1, got {rate}.")
+        if len({self.ema_rate, *self.ema_rates}) <= len(self.ema_rates) or len(self.ema_rates) > MAX_AVERAGES:
+            raise InputError(
+                f"Expected at most {MAX_AVERAGES} model.ema_rates, none twice and none that is model.ema_rate, got "
+                f"{list(self.ema_rates)}."
+            )
         if self.denoiser not in get_args(DenoiserKind):
             raise InputError(
                 f"Expected model.denoiser to be one of {list(get_args(DenoiserKind))}, got {self.denoiser!r}."
             )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Adam's keys.
-
-    Attributes:
-        learning_rate: at the start.
-        weight_decay: L2 penalty, added to the private gradient.
-        schedule: constant, or linear: from half-way on falling to 0.
-    """
-
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "linear"] = "constant"
-
-    def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise InputError(f"Expected a finite optim.learning_rate > 0, got {self.learning_rate}.")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise InputError(f"Expected a finite optim.weight_decay >= 0, got {self.weight_decay}.")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,21 +93,26 @@ WORDS = {
 }
 
 
-def make_release(workdir: Workdir) -> Path:
+def make_release(workdir: Workdir, ema_rate: float | None = None) -> Path:
     """Writes ``release/`` from a run's checkpoint and ledger, then deletes the run's keys; returns the folder.
+
+    Released is the moving average of ``model.ema_rate``, or of another rate that the run kept (``model.ema_rates``).
+    All of them are functions of the same mechanisms. A choice made by looking at samples costs nothing; one made by
+    looking at real images is not accounted for.
 
     Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger; the
     statement's epsilon is computed from the ledger. Nothing else is read from ``private/``.
 
     Raises:
-        InputError: if there is no run, it is released already, or ``dp.seed`` makes its noise public.
+        InputError: if there is no run, it is released already, ``dp.seed`` makes its noise public, or no average of
+            ``ema_rate`` was kept.
         RunError: if checkpoint, ledger or config are damaged or do not belong together.
     """
     with workdir.lock():  # a run that is still training would go on after its release
-        return _make_release(workdir)
+        return _make_release(workdir, ema_rate)
 
 
-def _make_release(workdir: Workdir) -> Path:
+def _make_release(workdir: Workdir, ema_rate: float | None) -> Path:
     if workdir.release.exists():
         forget_keys(workdir)  # a release that was killed right after its renaming may have left them
         raise InputError(f"Expected no release in {workdir.root}, got one: a run is released once.")
@@ -126,7 +131,14 @@ def _make_release(workdir: Workdir) -> Path:
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
             "the change."
         )
-    weights = {name: tensor.contiguous() for name, tensor in state.ema.items()}
+    kept = config.model.ema_rates
+    if ema_rate not in (None, config.model.ema_rate, *kept):
+        rates = [config.model.ema_rate, *kept]
+        raise InputError(f"Expected --ema to be one of {rates}, which the run kept, got {ema_rate}: name another.")
+    average = state.average(ema_rate) if ema_rate in kept else state.ema
+    rate = ema_rate if ema_rate is not None else config.model.ema_rate
+    config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
+    weights = {name: tensor.contiguous() for name, tensor in average.items()}
     statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"])
     _write(workdir, weights, redacted(config), statement, model_card(statement, config))
     forget_keys(workdir)

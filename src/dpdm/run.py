@@ -7,6 +7,7 @@ rank 0 alone; the other processes are handed what they need for a step, never th
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class Run:
     device: torch.device
     data_fingerprint: str
     physical_batch_size: int
+
+    def noise_deviation(self) -> float:
+        """Returns the standard deviation of the privacy noise in each entry of a step's gradients."""
+        return self.plan.noise_multiplier * self.config.dp.clipping_norm / self.plan.expected_batch_size
 
     def autocast(self) -> torch.autocast:
         """Returns the context in which the network computes a step; clipping, sums and noise are in float64."""
@@ -141,7 +146,7 @@ def open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, Bo
 def share_state(state: TrainState) -> None:
     """Gives rank 0's weights, average, moments and step to all processes."""
     state.step = distributed.broadcast(state.step)
-    for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq):
+    for group in (state.parameters, state.ema, state.averages, state.exp_avg, state.exp_avg_sq):
         distributed.broadcast_tensors(list(group.values()))
 
 
@@ -155,7 +160,7 @@ def _join(
         raise InputError(f"Expected the same images at {path} on every machine, got others: copy the archive anew.")
     denoiser = configs.build_denoiser(config).to(device).train()
     run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size)
-    return run, None, fresh_state(denoiser)
+    return run, None, fresh_state(denoiser, config.model.ema_rates)
 
 
 def _set_up(config: Config) -> torch.device:
@@ -256,10 +261,10 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
                 "cannot be repeated bit for bit is charged again.",
                 file=sys.stderr,
             )
-        return run, books, fresh_state(denoiser)
+        return run, books, fresh_state(denoiser, config.model.ema_rates)
     state, facts = checkpoint.load(workdir.checkpoint)
     checkpoint.check_accounted(state, facts, ledger)
-    for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq, state.warmup):
+    for group in (state.parameters, state.ema, state.averages, state.exp_avg, state.exp_avg_sq, state.warmup):
         for name in group:
             group[name] = group[name].to(device)
     denoiser.network.load_state_dict(state.parameters)
@@ -267,11 +272,13 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
     return run, books, state
 
 
-def fresh_state(denoiser: Denoiser) -> TrainState:
+def fresh_state(denoiser: Denoiser, ema_rates: Sequence[float] = ()) -> TrainState:
+    """Returns the state in which training begins from a network's present weights."""
     parameters = _parameters(denoiser)
     return TrainState(
         parameters,
         ema={name: p.clone() for name, p in parameters.items()},
+        averages={f"{rate}/{name}": p.clone() for rate in ema_rates for name, p in parameters.items()},
         exp_avg={name: torch.zeros_like(p) for name, p in parameters.items()},
         exp_avg_sq={name: torch.zeros_like(p) for name, p in parameters.items()},
     )

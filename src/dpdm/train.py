@@ -21,13 +21,14 @@ from torch import Tensor
 from dpdm import config as configs
 from dpdm import distributed
 from dpdm.checkpoint import TrainState
-from dpdm.config import Config, OptimConfig, TrainConfig
+from dpdm.config import Config, ModelConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
 from dpdm.errors import RunError
 from dpdm.monitor import Monitor
+from dpdm.optimizer import adam_step
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
 from dpdm.privacy.draws import record_draws
@@ -64,7 +65,6 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
         if books and run.plan.warmup and not state.warmup:
             state = _warm_up(run, books)
         share_state(state)
-        optimizer = _optimizer(run, state)
         if books and state.step == 0:
             books.save(state)
         parameters = dict(run.denoiser.network.named_parameters())
@@ -72,11 +72,17 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
         with Progress("DP-SGD", run.plan.num_iterations, start=state.step, unit="steps") as progress:
             while keys := _next_step(run, books, state, interrupted):
                 step = private_step(run, parameters, keys)
-                for parameter, gradient in zip(parameters.values(), step.gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.param_groups[0]["lr"] = learning_rate(run.config.optim, state.step, run.plan.num_iterations)
-                optimizer.step()
-                update_ema(state.ema, parameters, ema_decay(run.config.model.ema_rate, state.step))
+                adam_step(
+                    run.config.optim,
+                    parameters,
+                    step.gradients,
+                    state.exp_avg,
+                    state.exp_avg_sq,
+                    step=state.step,
+                    num_iterations=run.plan.num_iterations,
+                    noise_deviation=run.noise_deviation(),
+                )
+                _update_averages(state, parameters, run.config.model)
                 state.step += 1
                 _record(state, step)
                 due = _checkpoint_is_due(run.config.train, state.step, saved_step, time.monotonic() - saved_at)
@@ -180,12 +186,6 @@ def example_losses(
     )
 
 
-def learning_rate(config: OptimConfig, step: int, num_iterations: int) -> float:
-    """Returns the rate of update ``step``; linear decay begins half-way and ends near 0."""
-    share = step / num_iterations
-    return config.learning_rate * (1.0 if config.schedule == "constant" else min(1.0, 2 * (1 - share)))
-
-
 def announcement(run: Run) -> str:
     """Returns what will be spent, before anything is."""
     plan = run.plan
@@ -226,23 +226,15 @@ def _warm_up(run: Run, books: Books) -> TrainState:
     assert central is not None  # the caller has looked
     ema = train_on_central_images(run.denoiser, central, config, run.config.loss, seed=run.config.train.seed)
     run.denoiser.network.load_state_dict(ema)
-    state = fresh_state(run.denoiser)
+    state = fresh_state(run.denoiser, run.config.model.ema_rates)
     state.warmup = {name: tensor.clone() for name, tensor in ema.items()}
     return state
 
 
-def _optimizer(run: Run, state: TrainState) -> torch.optim.Adam:
-    """Returns Adam on the network's parameters with its moments in ``state``."""
-    optim = run.config.optim
-    named = dict(run.denoiser.network.named_parameters())
-    optimizer = torch.optim.Adam(named.values(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
-    for name, parameter in named.items():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": state.exp_avg[name],
-            "exp_avg_sq": state.exp_avg_sq[name],
-        }
-    return optimizer
+def _update_averages(state: TrainState, parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
+    update_ema(state.ema, parameters, ema_decay(config.ema_rate, state.step))
+    for rate in config.ema_rates:
+        update_ema(state.average(rate), parameters, ema_decay(rate, state.step))
 
 
 def _record(state: TrainState, step: PrivateGradient) -> None:

@@ -1,0 +1,104 @@
+"""Adam on private gradients, whose noise has a known variance; see Kingma and Ba 2014 (arXiv 1412.6980)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dpdm.errors import InputError
+
+BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam's keys.
+
+    Attributes:
+        learning_rate: at the start.
+        weight_decay: L2 penalty, added to the private gradient.
+        schedule: constant; linear: from half-way on falling to 0; or cosine: falling to 0 all the way.
+        noise_correction: take the known variance of the privacy noise out of Adam's second moment.
+        noise_floor: with it, the least second moment, as a share of the noise's variance.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    schedule: Schedule = "constant"
+    noise_correction: bool = False
+    noise_floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise InputError(f"Expected a finite optim.learning_rate > 0, got {self.learning_rate}.")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise InputError(f"Expected a finite optim.weight_decay >= 0, got {self.weight_decay}.")
+        if self.schedule not in get_args(Schedule):
+            raise InputError(f"Expected optim.schedule to be one of {list(get_args(Schedule))}, got {self.schedule!r}.")
+        if not 0 < self.noise_floor <= 1:
+            raise InputError(
+                f"Expected 0 < optim.noise_floor <= 1, got {self.noise_floor}: 0.1 lets steps get three times longer."
+            )
+
+
+def learning_rate(config: OptimConfig, step: int, num_iterations: int) -> float:
+    """Returns the rate of update ``step``; both schedules that fall end near 0."""
+    share = step / num_iterations
+    match config.schedule:
+        case "constant":
+            return config.learning_rate
+        case "linear":
+            return config.learning_rate * min(1.0, 2 * (1 - share))
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@torch.no_grad()
+def adam_step(
+    config: OptimConfig,
+    parameters: Mapping[str, Tensor],
+    gradients: Sequence[Tensor],
+    exp_avg: Mapping[str, Tensor],
+    exp_avg_sq: Mapping[str, Tensor],
+    *,
+    step: int,
+    num_iterations: int,
+    noise_deviation: float,
+) -> None:
+    """Updates parameters and moments in place.
+
+    m and v are Adam's moments, corrected for their start at 0. The update is -rate m / (sqrt(v) + eps). The privacy
+    noise adds its variance s^2 to the mean of v, which makes steps short where gradients are small beside it; with
+    ``noise_correction`` v is max(v - s^2, floor s^2) instead (Tang, Panda, Sehwag, Mittal 2023, "DP-AdamBC", arXiv
+    2312.14334, with a floor that has the noise's scale).
+
+    Guarantee: a function of the private gradients and of public numbers: post-processing. s is public: the noise
+    multiplier times C over the expected batch size.
+
+    Args:
+        config: of the run.
+        parameters: by name.
+        gradients: one for each parameter, in their order.
+        exp_avg: m before correction, by name.
+        exp_avg_sq: v before correction, by name.
+        step: updates made before this one.
+        num_iterations: of the whole run, for the schedule.
+        noise_deviation: s, of each entry of ``gradients``.
+    """
+    rate = learning_rate(config, step, num_iterations)
+    first, second = 1 - BETA_1 ** (step + 1), 1 - BETA_2 ** (step + 1)
+    variance = noise_deviation**2
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        if config.weight_decay:
+            gradient = gradient + config.weight_decay * parameter
+        m, v = exp_avg[name], exp_avg_sq[name]
+        m.lerp_(gradient, 1 - BETA_1)
+        v.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
+        corrected = v / second
+        if config.noise_correction:
+            corrected.sub_(variance).clamp_(min=config.noise_floor * variance)
+        parameter.addcdiv_(m, corrected.sqrt_().add_(EPS), value=-rate / first)
