@@ -241,15 +241,20 @@ def test_a_person_adds_one_image_to_the_central_images(tmp_path: Path) -> None:
 
 
 def test_a_person_adds_one_image_to_the_central_covariances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = np.full((len(GROUPS), 1, 8, 8), 255, np.uint8)
-    archive = ImageArchive(write_archive(tmp_path / "a.zip", pixels), "group")
     zero = warmup.Central(np.zeros((3, 1, 8, 8)), np.arange(3))
     quiet = WarmupConfig(covariance_noise_multiplier=1e-9, covariance_clipping_norm=2.0)
-    seen = []
-    monkeypatch.setattr(warmup, "principal_factors", lambda found, *_: seen.append(found) or found)
-    warmup.with_covariances(zero, archive, quiet, key=KEY)
-    trace = np.trace(seen[0].sum(0)) * len(SIZES) / 3  # each image that takes part adds its squared norm
-    assert trace == pytest.approx(len(SIZES) * 4.0, rel=1e-3)
+    found: list[np.ndarray] = []
+    monkeypatch.setattr(warmup, "principal_factors", lambda matrices, *_: found.append(matrices) or matrices)
+    pixels = np.full((len(GROUPS), 1, 8, 8), 255, np.uint8)
+    warmup.with_covariances(zero, ImageArchive(write_archive(tmp_path / "a.zip", pixels), "group"), quiet, key=KEY)
+    for person in (1, 4, 5):
+        without = pixels.copy()
+        without[person == GROUPS] = 0  # adds nothing
+        archive = ImageArchive(write_archive(tmp_path / "b.zip", without), "group")
+        warmup.with_covariances(zero, archive, quiet, key=KEY)
+        moved = (found[0] - found[-1]) * len(SIZES) / 3
+        assert np.linalg.norm(moved) == pytest.approx(4.0, rel=1e-3)
+        assert (np.abs(moved).sum(axis=(1, 2)) > 1e-3).sum() == 1
 
 
 def test_an_audit_counts_persons(archive: Path, tmp_path: Path) -> None:
