@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from dpdm import checkpoint, config
 from dpdm import train as training
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
+from dpdm.data.archive import ImageArchive
 from dpdm.data.prepare import prepare
+from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
 from dpdm.privacy.ledger import Ledger
 from dpdm.release import make_release
@@ -228,8 +231,6 @@ def test_a_checkpoint_of_another_run_is_refused(archive: Path, tmp_path: Path) -
 
 
 def test_example_losses_depend_on_their_own_record_alone(archive: Path) -> None:
-    from dpdm.data.archive import ImageArchive
-
     images = ImageArchive(archive)
     settings = config.resolve(tiny(archive), images)
     denoiser = config.build_denoiser(settings)
@@ -252,3 +253,34 @@ def test_a_physical_batch_from_a_larger_machine_is_cut_to_the_memory() -> None:
     assert size(24, "train.physical_batch_size=512") == 6 * 12
     assert size(80, "train.physical_batch_size=7") == 7
     assert size(80, "train.physical_batch_size=2000", "train.n_splits=16") == 128
+
+
+@pytest.mark.parametrize(
+    "keys", [("loss.augmentation=1",), ("loss.flip=true",), ("loss.augmentation=1", "loss.flip=true")]
+)
+def test_each_draw_moves_its_image_by_the_records_own_numbers(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
+) -> None:
+    images = ImageArchive(archive)
+    settings = config.resolve(tiny(archive, "loss.noise_multiplicity=3", *keys), images)
+    denoiser = config.build_denoiser(settings)
+    seen: list[torch.Tensor] = []
+    loss = training.diffusion_loss
+
+    def look(denoiser: Denoiser, shown: torch.Tensor, *rest: Any, **draws: Any) -> torch.Tensor:
+        seen.append(shown)
+        return loss(denoiser, shown, *rest, **draws)
+
+    monkeypatch.setattr(training, "diffusion_loss", look)
+    together = training.example_losses(denoiser, images, np.array([3, 50, 700]), settings.loss, key=bytes(32))
+    alone = training.example_losses(denoiser, images, np.array([50]), settings.loss, key=bytes(32))
+    assert torch.allclose(together[1], alone[0], rtol=1e-5)
+    assert torch.equal(seen[0][:, 1], seen[1][:, 0])
+    assert seen[0].shape == (3, 3, 1, 8, 8)
+    still = torch.from_numpy(images.read(np.array([3, 50, 700]))).float() / 127.5 - 1
+    mirrored = (seen[0] == still.flip(3)).flatten(2).all(2)
+    if keys == ("loss.flip=true",):
+        assert (mirrored | (seen[0] == still).flatten(2).all(2)).all()
+        assert 0 < mirrored.sum() < 9
+    else:
+        assert len(torch.unique(seen[0].flatten(0, 1), dim=0)) == 9  # each draw has a distortion of its own

@@ -23,6 +23,7 @@ from dpdm import distributed
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config, ModelConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
+from dpdm.diffusion.augmentation import NUM_DISTORTIONS, distort, mirror
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
@@ -169,11 +170,14 @@ def example_losses(
     draws, shape = config.noise_multiplicity, (archive.num_channels, archive.resolution, archive.resolution)
     rows = torch.from_numpy(records).to(device)
     kinds = 3 if archive.unit == "group" else 2
-    uniform, normal = record_draws(key, rows, kinds * draws, draws * math.prod(shape))
-    u = uniform.view(len(records), kinds, draws).permute(1, 2, 0)  # (kinds, K, B)
+    moves = NUM_DISTORTIONS + 1 if config.augmentation or config.flip else 0
+    uniform, normal = record_draws(key, rows, (kinds + moves) * draws, draws * math.prod(shape))
+    u = uniform.view(len(records), kinds + moves, draws).permute(1, 2, 0)  # (kinds, K, B)
     chosen = archive.choose_images(records, u[2].cpu().numpy()) if archive.unit == "group" else records  # (K, B) | (B,)
     pixels = archive.read(chosen.flatten()).reshape(*chosen.shape, *shape)
     images = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
+    if moves:
+        images = _move(images.expand(draws, len(records), *shape), u[kinds:], config)
     conditional = denoiser.network.num_classes > 0 and archive.labels is not None
     return diffusion_loss(
         denoiser,
@@ -184,6 +188,16 @@ def example_losses(
         drop_label=u[1] < config.label_dropout,
         kind=config.type,
     )
+
+
+def _move(images: Tensor, u: Tensor, config: LossConfig) -> Tensor:
+    """Returns images (K, B, C, H, W), that of each draw distorted and mirrored by its own numbers u (7, K, B)."""
+    flat, numbers = images.flatten(0, 1), u.flatten(1)
+    if config.augmentation:
+        flat = distort(flat, numbers[:NUM_DISTORTIONS], config.augmentation)
+    if config.flip:
+        flat = mirror(flat, numbers[NUM_DISTORTIONS])
+    return flat.view(images.shape)
 
 
 def announcement(run: Run) -> str:

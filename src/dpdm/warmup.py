@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dpdm.data.archive import ImageArchive
+from dpdm.diffusion.augmentation import NUM_DISTORTIONS, distort
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
@@ -200,23 +201,14 @@ def sampler(central: Central, generator: torch.Generator, device: torch.device) 
 def augment(images: Tensor, config: WarmupConfig, generator: torch.Generator) -> Tensor:
     """Returns each image moved, blurred and re-contrasted at random, (n, C, H, W) in [-1, 1]; looks at no data.
 
-    The distortions are those between two drawings of one class: rotation and shear up to 0.2, scale up to 15 %, shift
-    up to an eighth of the side, all times ``config.augmentation``.
+    Moved by ``distort`` at the strength ``config.augmentation``.
     """
 
     def uniform(limit: float) -> Tensor:
         return (2 * torch.rand(len(images), generator=generator) - 1).to(images.device) * limit
 
-    a = config.augmentation
-    angle, shear, scale_x, scale_y = (uniform(a * limit) for limit in (0.2, 0.2, 0.15, 0.15))
-    shift_x, shift_y = uniform(0.25 * a), uniform(0.25 * a)  # affine_grid measures from -1 to 1
-    cos, sin = angle.cos(), angle.sin()
-    rows = (
-        torch.stack([cos * (1 + scale_x), shear - sin, shift_x], 1),
-        torch.stack([sin, cos * (1 + scale_y), shift_y], 1),
-    )
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    u = torch.rand(NUM_DISTORTIONS, len(images), generator=generator)
+    moved = distort(images, u.to(images.device), config.augmentation)
     largest = config.blur * images.shape[-1]  # in pixels
     deviation = uniform(0.5 * largest) + 0.5 * largest + 1e-3
     contrast = 1 + uniform(config.contrast)

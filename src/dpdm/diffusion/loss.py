@@ -26,6 +26,7 @@ from dpdm.diffusion.denoiser import (
 from dpdm.errors import InputError
 
 MAX_DRAWS = 10_000
+MAX_AUGMENTATION = 4.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class LossConfig:
         type: whose noise levels and weight to take; None: the denoiser's own.
         noise_multiplicity: K, draws averaged inside one example's loss.
         label_dropout: probability that a draw sees the null label, which is what guidance needs.
+        augmentation: strength of a random distortion of the image in each draw (see ``augmentation.distort``).
+        flip: mirror the image in half of the draws.
         p_mean: mean of ln(sigma) (edm).
         p_std: standard deviation of ln(sigma) (edm).
         logsnr_min: lowest logSNR = -2 ln(sigma) (v).
@@ -51,6 +54,8 @@ class LossConfig:
     type: DenoiserKind | None = None
     noise_multiplicity: int = 1
     label_dropout: float = 0.1
+    augmentation: float = 0.0
+    flip: bool = False
     p_mean: float = -1.2
     p_std: float = 1.2
     logsnr_min: float = -9.0
@@ -74,6 +79,10 @@ class LossConfig:
             )
         if not 0.0 <= self.label_dropout <= 1.0:
             raise InputError(f"Expected 0 <= loss.label_dropout <= 1, got {self.label_dropout}: the paper uses 0.1.")
+        if not 0.0 <= self.augmentation <= MAX_AUGMENTATION:
+            raise InputError(
+                f"Expected 0 <= loss.augmentation <= {MAX_AUGMENTATION}, got {self.augmentation}: 1 is strong."
+            )
         for name in ("p_std", "beta_min", "beta_d", "sigma_data"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise InputError(f"Expected loss.{name} to be positive and finite, got {getattr(self, name)}.")
