@@ -46,8 +46,9 @@ def test_a_rotation_against_scipy() -> None:
     blob = np.exp(-8 * ((axis[:, None] - 0.3) ** 2 + (axis[None, :] + 0.2) ** 2)) * 2 - 1
     angle = 0.2
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    centre = np.array([10.0, 10.0])
-    expected = affine_transform(blob, turn, offset=centre - turn @ centre, order=3, mode="nearest")
+    centred = np.array([[1, 0, 10], [0, 1, 10], [0, 0, 1]])
+    matrix = centred @ np.block([[turn, np.zeros((2, 1))], [np.zeros((1, 2)), 1]]) @ np.linalg.inv(centred)
+    expected = affine_transform(blob, matrix, order=3, mode="nearest")
     found = distort(torch.from_numpy(blob)[None, None].float(), u, 1.0)[0, 0].numpy()
     assert np.abs(found - expected).max() < 0.05  # two kinds of cubic interpolation
     assert np.abs(found - blob).max() > 0.2
