@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_report
+import levers
 import pytest
 import sampling
 import scaling
@@ -240,3 +241,30 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     done = subprocess.run(script, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "Expected a usable GPU, torch sees none: set DEVICE=cpu to try the script.\n"
+
+
+def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def synthesize(request: Any, workdir: Any) -> dict[str, Any]:
+        asked.append(request.overrides)
+        value = len(asked) / 10
+        return {
+            "accuracy": {"synthetic": {"value": value}},
+            "frechet": {"synthetic": {"value": 10 * value}},
+            "variance_share": {"synthetic": value},
+        }
+
+    monkeypatch.setattr(levers, "synthesize", synthesize)
+    result = levers.measure(10.0, list(levers.LEVERS), 1, ["setup.device=cpu"])
+    assert asked == [("setup.device=cpu", *keys) for keys in levers.LEVERS.values()]  # a request checks its keys
+    asked.clear()
+    result = levers.measure(10.0, ["the recipe", "K = 8"], 2, [])
+    assert asked == [(), ("loss.noise_multiplicity=8",)] * 2  # by turns
+    page = tmp_path / "levers.md"
+    page.write_text("<!-- levers: begin -->\n<!-- levers: end -->\n")
+    levers.write_between(page, "levers", levers.table(result))
+    assert "| the recipe |  | 20.0 ± 10.0 % | 2.0 ± 1.0 | 20.0 ± 10.0 % |" in page.read_text()
+    assert "| K = 8 | `loss.noise_multiplicity=8` | 30.0 ± 10.0 %" in page.read_text()
