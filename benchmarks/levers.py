@@ -3,8 +3,8 @@
     python benchmarks/levers.py --epsilon 10 --runs 2 --docs
 
 Every run trains on the same 1,497 digits at the same epsilon with a secret key of its own, so figures differ from run
-to run: half the distance between the extremes stands beside the mean. All figures are measured on real digits; to choose
-a recipe by them is a use of these digits that no guarantee covers, and every statement says so.
+to run: half the distance between the extremes stands beside the mean. All figures are measured on real digits; to
+choose a recipe by them is a use of these digits that no guarantee covers, and every statement says so.
 """
 
 import argparse
