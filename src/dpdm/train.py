@@ -66,21 +66,13 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
         if books and run.plan.warmup is not None and not state.warmup:
             state = _warm_up(run, books)
         share_state(state)
-        optimizer = _optimizer(run, state)
+        optimizer = make_optimizer(run, state)
         if books and state.step == 0:
             books.save(state)
-        parameters = dict(run.denoiser.network.named_parameters())
         saved_at, saved_step, digest = time.monotonic(), state.step, state.digest()
         with Progress("DP-SGD", run.plan.num_iterations, start=state.step, unit="steps") as progress:
             while keys := _next_step(run, books, state, digest, interrupted):
-                step = private_step(run, parameters, keys)
-                for parameter, gradient in zip(parameters.values(), step.gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.param_groups[0]["lr"] = learning_rate(run.config.optim, state.step, run.plan.num_iterations)
-                optimizer.step()
-                update_ema(state.ema, parameters, ema_decay(run.config.model.ema_rate, state.step))
-                state.step += 1
-                digest = _end_of_step(state, step)
+                digest = take_step(run, state, optimizer, keys)
                 due = _checkpoint_is_due(run.config.train, state.step, saved_step, time.monotonic() - saved_at)
                 if books and (due or monitor.is_due(state.step)):
                     books.save(state)
@@ -132,6 +124,23 @@ def _next_step(
             "Expected the same weights on all processes, got others: use machines of one kind, and --resume."
         )
     return own if books else keys
+
+
+def take_step(run: Run, state: TrainState, optimizer: torch.optim.Adam, keys: StepKeys) -> str:
+    """Makes one update of ``state``, whose weights are the network's, and returns the digest of what comes out.
+
+    Raises:
+        RunError: see ``_end_of_step``.
+    """
+    parameters = dict(run.denoiser.network.named_parameters())
+    step = private_step(run, parameters, keys)
+    for parameter, gradient in zip(parameters.values(), step.gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.param_groups[0]["lr"] = learning_rate(run.config.optim, state.step, run.plan.num_iterations)
+    optimizer.step()
+    update_ema(state.ema, parameters, ema_decay(run.config.model.ema_rate, state.step))
+    state.step += 1
+    return _end_of_step(state, step)
 
 
 def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> PrivateGradient:
@@ -250,7 +259,7 @@ def _warm_up(run: Run, books: Books) -> TrainState:
     return state
 
 
-def _optimizer(run: Run, state: TrainState) -> torch.optim.Adam:
+def make_optimizer(run: Run, state: TrainState) -> torch.optim.Adam:
     """Returns Adam on the network's parameters with its moments in ``state``."""
     optim = run.config.optim
     named = dict(run.denoiser.network.named_parameters())
