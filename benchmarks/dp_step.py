@@ -41,7 +41,8 @@ from dpdm import config as configs
 from dpdm.device import keep_freed_memory, use_full_precision
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.loss import diffusion_loss, noise_level
-from dpdm.privacy.dpsgd import add_noise, clipped_sum
+from dpdm.privacy.dpsgd import clipped_sum
+from dpdm.privacy.step_noise import StepNoise, add_noise
 
 NETWORKS = ("mnist_28", "cifar10_32", "celeba_64")
 SHAPES = ((16, 4), (8, 32), (64, 1))
@@ -274,12 +275,20 @@ def seconds(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def noise_seconds(problem: Problem) -> float:
-    """Returns the time of one logical step's noise, however many examples the step has."""
+def noise_seconds(problem: Problem, *, ready: bool = False) -> float:
+    """Returns the time of one logical step's noise, however many examples the step has.
+
+    With ``ready`` the numbers are there, as setup.overlap_noise makes them beside the step, and are only added.
+    """
     sums = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in problem.parameters.values()]
-    return statistics.median(
-        seconds(lambda: add_noise(sums, 1.0, 1.0, bytes(32)) or [], problem.device) for _ in range(5)
-    )
+    times = []
+    for number in range(5):
+        noise = StepNoise(sum(total.numel() for total in sums), 1.0, 1.0, bytes([number] * 32))
+        if ready:
+            noise.begin()
+            noise.numbers()
+        times.append(seconds(lambda noise=noise: add_noise(sums, noise) or [], problem.device))
+    return statistics.median(times)
 
 
 def peak_bytes(way: str, arguments: argparse.Namespace) -> int:
@@ -345,6 +354,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if name != "plain":
             figures[f"{name}_ratio"] = statistics.median(r[name] / r["plain"] for r in rounds)
     figures["noise_seconds"] = noise_seconds(problem)
+    figures["noise_added_seconds"] = noise_seconds(problem, ready=True)
     if not arguments.no_error:
         expected = oracle(problem)
         figures["relative_error"] = relative_error(problem, "private", expected)

@@ -3,8 +3,8 @@
 #
 #     sh benchmarks/gpu.sh && python benchmarks/gpu_report.py benchmarks/results --docs
 #
-# OUT      folder for the figures (default benchmarks/results): dp_step.jsonl, sampling.jsonl, gpu_tests.txt,
-#          environment.txt, report.md, errors.txt. What is measured is written at once, so that a run that is cut short
+# OUT      folder for the figures (default benchmarks/results): dp_step.jsonl, logical_step.jsonl, sampling.jsonl,
+#          gpu_tests.txt, environment.txt, report.md, errors.txt. What is measured is written at once, so that a run that is cut short
 #          leaves what it has.
 # WHEELS   folder of wheels of what the machine lacks, installed into a temporary folder without their dependencies.
 #          For a bare torch: omegaconf, antlr4-python3-runtime, cryptography, cffi, pycparser, dp-accounting, dm-tree,
@@ -12,14 +12,15 @@
 #          stay empty.
 # PYTHON   with torch (default python3).
 # DEVICE   cuda, or cpu to try the script.
-# ROUNDS, IMAGES, NETWORKS, LARGE   less of everything, for a trial. LARGE: shapes for MNIST alone, which fill a GPU.
+# ROUNDS, IMAGES, NETWORKS, LARGE, LOGICAL   less of everything, for a trial. LARGE: shapes for MNIST alone, which fill a
+#          GPU. LOGICAL: shape of a whole step of training, with images and noise made ready beside it and without.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} ROUNDS=${ROUNDS:-7} IMAGES=${IMAGES:-256}
-NETWORKS=${NETWORKS:-mnist_28 cifar10_32 celeba_64} LARGE=${LARGE:-64x32 128x32}
+NETWORKS=${NETWORKS:-mnist_28 cifar10_32 celeba_64} LARGE=${LARGE:-64x32 128x32} LOGICAL=${LOGICAL:-1024x32}
 OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT" || exit 1
-rm -f "$OUT/dp_step.jsonl" "$OUT/sampling.jsonl" "$OUT/errors.txt" # lines are appended below
+rm -f "$OUT/dp_step.jsonl" "$OUT/logical_step.jsonl" "$OUT/sampling.jsonl" "$OUT/errors.txt" # lines are appended below
 site=$(mktemp -d) || exit 1
 trap 'rm -rf "$site"' EXIT
 PYTHONPATH=$PWD/src:$site${PYTHONPATH:+:$PYTHONPATH}
@@ -51,17 +52,19 @@ try() {
 }
 
 for network in $NETWORKS; do
-    try 80 "$PYTHON" benchmarks/dp_step.py --network "$network" --device "$DEVICE" --rounds "$ROUNDS" --json \
+    try 75 "$PYTHON" benchmarks/dp_step.py --network "$network" --device "$DEVICE" --rounds "$ROUNDS" --json \
         >>"$OUT/dp_step.jsonl"
 done
 for shape in $LARGE; do
     try 40 "$PYTHON" benchmarks/dp_step.py --network mnist_28 --examples "${shape%x*}" --draws "${shape#*x}" \
         --device "$DEVICE" --rounds "$ROUNDS" --peers opacus_hooks --no-error --json >>"$OUT/dp_step.jsonl"
 done
+try 55 "$PYTHON" benchmarks/logical_step.py --network mnist_28 --examples "${LOGICAL%x*}" --draws "${LOGICAL#*x}" \
+    --device "$DEVICE" --rounds "$ROUNDS" --json >>"$OUT/logical_step.jsonl"
 for network in $NETWORKS; do
     try 50 "$PYTHON" benchmarks/sampling.py --network "$network" --device "$DEVICE" --images "$IMAGES" --json \
         >>"$OUT/sampling.jsonl"
 done
-try 90 "$PYTHON" -m pytest -m gpu -p no:cacheprovider >"$OUT/gpu_tests.txt"
+try 70 "$PYTHON" -m pytest -m gpu -p no:cacheprovider >"$OUT/gpu_tests.txt"
 try 20 "$PYTHON" benchmarks/gpu_report.py "$OUT" >"$OUT/report.md"
 cat "$OUT/gpu_tests.txt" "$OUT/report.md"

@@ -4,8 +4,8 @@
     python benchmarks/gpu_report.py benchmarks/results --docs     # and writes them into docs/performance.md
 
 MNIST at epsilon 1 as published is 300 epochs in Poisson batches of 4,096 expected images of 60,000, 32 draws of each.
-Its time is projected from the measured images per second of a private step and the measured time of a step's noise;
-reading images, Adam and checkpoints are left out.
+Its time is projected from the measured images per second of a private step and the measured time to add a step's noise,
+whose numbers are made beside it; reading images, Adam and checkpoints are left out.
 """
 
 import argparse
@@ -24,19 +24,19 @@ MNIST = ROOT / "configs" / "mnist_28" / "train_eps_1.0.yaml"
 MNIST_IMAGES = 60_000
 
 
-def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns the objects of ``dp_step.jsonl`` and of ``sampling.jsonl``.
+def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns the objects of ``dp_step.jsonl``, ``logical_step.jsonl`` and ``sampling.jsonl``.
 
     Raises:
         SystemExit: if the first is missing or empty.
     """
-    steps, samples = (
+    steps, wholes, samples = (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        for path in (folder / "dp_step.jsonl", folder / "sampling.jsonl")
+        for path in (folder / f"{name}.jsonl" for name in ("dp_step", "logical_step", "sampling"))
     )
     if not steps:
         raise SystemExit(f"Expected figures in {folder / 'dp_step.jsonl'}, got none: run benchmarks/gpu.sh.")
-    return steps, samples
+    return steps, wholes, samples
 
 
 def fastest(figures: dict[str, Any], what: str) -> float:
@@ -55,7 +55,7 @@ def projected_minutes(steps: list[dict[str, Any]]) -> float:
     epochs, batch, draws = config.train.num_epochs, config.train.expected_batch_size, config.loss.noise_multiplicity
     assert epochs is not None
     best = max((r for r in steps if r["network"] == "mnist_28" and r["draws"] > 1), key=private_images_per_second)
-    step = batch * draws / private_images_per_second(best) + best["noise_seconds"]
+    step = batch * draws / private_images_per_second(best) + best["noise_added_seconds"]
     return math.floor(epochs * MNIST_IMAGES / batch) * step / 60
 
 
@@ -94,12 +94,28 @@ def samples_table(samples: list[dict[str, Any]]) -> str:
     return table(header, rows)
 
 
-def report(steps: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
+def wholes_table(wholes: list[dict[str, Any]]) -> str:
+    """Returns a row for each whole step of training, as Markdown."""
+    header = ["whole step", "images and noise in the step, ms", "ready beside it, ms", "ratio"]
+    header += ["noise / step", "noise ready beside it / step", "waits for the GPU: before", "now"]
+    rows = []
+    for r in wholes:
+        cells = [f"{r['network']}, {r['examples']} x {r['draws']}", f"{1e3 * r['plain_seconds']:.0f}"]
+        cells += [f"{1e3 * r['ready_seconds']:.0f}", f"{r['ready_ratio']:.2f}"]
+        cells += [f"{100 * r[name]:.1f} %" for name in ("noise_share", "noise_share_ready")]
+        waits = [r["plain_waits"], r["ready_waits"]]
+        rows.append([*cells, *("-" if number is None else str(number) for number in waits)])
+    return table(header, rows)
+
+
+def report(steps: list[dict[str, Any]], wholes: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
     """Returns everything as Markdown."""
     parts = [f"Measured on {steps[0]['device']} with torch {steps[0]['torch']}.", steps_table(steps)]
     if any(r["network"] == "mnist_28" and r["draws"] > 1 for r in steps):
         minutes = projected_minutes(steps)
         parts.append(f"MNIST at epsilon 1 as published, projected: {minutes:.0f} minutes.")
+    if wholes:
+        parts.append(wholes_table(wholes))
     if samples:
         parts.append(samples_table(samples))
     return "\n\n".join(parts)
@@ -107,7 +123,7 @@ def report(steps: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
 
 def main(given: list[str], page: Path = PAGE) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="with dp_step.jsonl and, if there, sampling.jsonl")
+    parser.add_argument("folder", type=Path, help="with dp_step.jsonl and, if there, the others")
     parser.add_argument("--docs", action="store_true", help="also write the tables of docs/performance.md")
     arguments = parser.parse_args(given)
     text = report(*read(arguments.folder))

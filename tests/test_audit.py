@@ -23,6 +23,7 @@ from dpdm.privacy import dpsgd, noise
 from dpdm.privacy.accounting import Mechanism, epsilon_spent
 from dpdm.privacy.dpsgd import per_example_gradients
 from dpdm.privacy.poisson import poisson_sample
+from dpdm.privacy.step_noise import StepNoise
 
 SURE = 0.999999  # correct code fails a test once in a million times
 NUM_IMAGES = 40
@@ -69,21 +70,21 @@ def fixed_keys(first: int) -> Callable[[], bytes]:
 def half_the_noise(patch: pytest.MonkeyPatch) -> None:
     real = dpsgd.add_noise
 
-    def add_noise(sums: Sequence[Tensor], sensitivity: float, multiplier: float, key: bytes, **options: bool) -> None:
-        real(sums, sensitivity, multiplier / 2, key, **options)
+    def add_noise(sums: Sequence[Tensor], noise: StepNoise) -> None:
+        real(sums, StepNoise(noise.size, noise.standard_deviation / 2, 1.0, noise.key, secure=noise.grid is not None))
 
     patch.setattr(dpsgd, "add_noise", add_noise)
 
 
 def no_noise(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(dpsgd, "add_noise", lambda *arguments, **options: None)
+    patch.setattr(dpsgd, "add_noise", lambda sums, noise: None)
 
 
 def the_same_noise_each_time(patch: pytest.MonkeyPatch) -> None:
     real = dpsgd.add_noise
 
-    def add_noise(sums: Sequence[Tensor], sensitivity: float, multiplier: float, key: bytes, **options: bool) -> None:
-        real(sums, sensitivity, multiplier, bytes(32), **options)
+    def add_noise(sums: Sequence[Tensor], noise: StepNoise) -> None:
+        real(sums, StepNoise(noise.size, noise.standard_deviation, 1.0, bytes(32), secure=noise.grid is not None))
 
     patch.setattr(dpsgd, "add_noise", add_noise)
 
@@ -180,7 +181,8 @@ def test_a_step_audit_refuses(trials: int, confidence: float, message: str) -> N
 
 def test_a_step_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = dpsgd.add_noise
-    monkeypatch.setattr(dpsgd, "add_noise", lambda sums, *_, **how: real(sums, np.inf, 1.0, bytes(32), secure=False))
+    infinite = StepNoise(audit.SIDE * audit.SIDE, np.inf, 1.0, bytes(32), secure=False)
+    monkeypatch.setattr(dpsgd, "add_noise", lambda sums, noise: real(sums, infinite))
     with pytest.raises(RunError, match="finite"):
         audit_step(claim(), num_trials=100, confidence=0.95)
 

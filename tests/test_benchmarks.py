@@ -13,6 +13,7 @@ from typing import Any
 
 import gpu_report
 import levers
+import logical_step
 import pytest
 import sampling
 import scaling
@@ -187,10 +188,19 @@ def test_step_prints_one_object(peaks: bool) -> None:
             assert figures["opacus_hooks_seconds"] > 0
 
 
+def test_a_whole_step_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    logical_step.main([*TINY, "--examples", "2", "--draws", "1", "--json"])
+    (figures,) = printed(capsys)
+    assert figures["ready_ratio"] == pytest.approx(figures["ready_seconds"] / figures["plain_seconds"])
+    assert 0 < figures["noise_share"] < 1
+    assert 0 < figures["noise_share_ready"] < figures["noise_share"]
+    assert (figures["plain_waits"], figures["ready_waits"], figures["device"]) == (None, None, "cpu")
+
+
 def gpu_row(**changes: Any) -> dict[str, Any]:
     figures = {"network": "mnist_28", "examples": 8, "draws": 32, "device": "a GPU", "torch": "2.11", "rounds": 7}
     figures |= {"plain_seconds": 0.004, "plain_bf16_seconds": 0.002, "private_seconds": 0.005, "private_ratio": 1.25}
-    return {**figures, "private_bf16_seconds": 0.0025, "noise_seconds": 0.5, **changes}
+    return {**figures, "private_bf16_seconds": 0.0025, "noise_seconds": 2.5, "noise_added_seconds": 0.5, **changes}
 
 
 def test_gpu_tables_and_the_projected_run(tmp_path: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,12 +212,16 @@ def test_gpu_tables_and_the_projected_run(tmp_path: Path, page: Path, capsys: py
     sample = {"network": "mnist_28", "solver": "ddim", "num_steps": 50, "images": 256}
     sample |= {"ours_seconds": 2.0, "ours_images_per_second": 128.0, "diffusers_images_per_second": 64.0, "ratio": 2.0}
     (tmp_path / "sampling.jsonl").write_text(json.dumps(sample) + "\n")
+    whole = {"network": "mnist_28", "examples": 1024, "draws": 32, "plain_seconds": 0.5, "ready_seconds": 0.4}
+    whole |= {"ready_ratio": 0.81, "noise_share": 0.125, "noise_share_ready": 0.004, "plain_waits": 7, "ready_waits": 1}
+    (tmp_path / "logical_step.jsonl").write_text(json.dumps(whole) + "\n")
     gpu_report.main([str(tmp_path), "--docs"], page)
     text = capsys.readouterr().out
     assert "Measured on a GPU with torch 2.11." in text
     assert "| mnist_28 | 8 x 32 | 4.0 | 5.0 | 1.25 | 1.25 | 102,400 | 8.0 | 1.05 | 2.0e-06 |" in text
     assert "| mnist_28 | 64 x 32 | 4.0 | 30.0 | 1.25 | 7.81 | 131,072 | - | - | - |" in text
     assert "| mnist_28 | `ddim`, 50 | 256 | float32 | 128.0 | 64.0 | 2.00 |" in text
+    assert "| mnist_28, 1024 x 32 | 500 | 400 | 0.81 | 12.5 % | 0.4 % | 7 | 1 |" in text
     steps = steps_of("epochs", 300, 60_000, 4096)
     assert f"MNIST at epsilon 1 as published, projected: {steps * 1.5 / 60:.0f} minutes." in text
     assert text.strip() in page.read_text().split("gpu: begin")[1]

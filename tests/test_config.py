@@ -44,7 +44,17 @@ def test_what_makes_another_run_changes_its_hash(key: str) -> None:
     assert configs.run_hash(configs.load([], [key])) != configs.run_hash(Config())
 
 
-@pytest.mark.parametrize("key", ["data.path=x", "train.physical_batch_size=3", "setup.num_threads=1", "sampler.rho=3"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "data.path=x",
+        "train.physical_batch_size=3",
+        "setup.num_threads=1",
+        "setup.data_on_device=true",
+        "setup.overlap_noise=false",
+        "sampler.rho=3",
+    ],
+)
 def test_what_makes_no_other_run_keeps_its_hash(key: str) -> None:
     assert configs.run_hash(configs.load([], [key])) == configs.run_hash(Config())
 
@@ -90,6 +100,8 @@ def test_what_makes_no_other_run_keeps_its_hash(key: str) -> None:
         ("data.resolution=0", ["data.resolution >= 1"]),
         ("model.ema_rate=1", ["model.ema_rate"]),
         ("setup.num_threads=0", ["setup.num_threads"]),
+        ("setup.data_on_device=maybe", ["setup.data_on_device", "auto, true or false", "'maybe'"]),
+        ("setup.overlap_noise=3", ["setup.overlap_noise", "3"]),
     ],
 )
 def test_bad_overrides_are_named_in_one_line(override: str, names: list[str]) -> None:

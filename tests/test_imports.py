@@ -36,11 +36,20 @@ LAYERS = (
         "optimizer",
         "files",
         "untrusted",
+        "transfer",
         "errors",
         "__init__",
     ),
 )
-BASE = {"distributed", "errors", "fetching", "files", "progress", "untrusted"}  # what a room may import beside itself
+BASE = {
+    "distributed",
+    "errors",
+    "fetching",
+    "files",
+    "progress",
+    "transfer",
+    "untrusted",
+}  # what a room may import beside itself
 # Within the last row; __init__ imports release only when load_denoiser is asked for.
 WITHIN_LAST = {
     "workdir": {"errors", "files"},

@@ -1,11 +1,14 @@
 """Whole training runs, tiny: resume after any death, the budget, and independence of how a step is computed."""
 
+import math
 import os
 import signal
 import stat
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpdm import checkpoint, config
+from dpdm import checkpoint, config, run
 from dpdm import train as training
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
@@ -21,9 +24,10 @@ from dpdm.data.archive import ImageArchive
 from dpdm.data.prepare import prepare
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
+from dpdm.privacy.dpsgd import PrivateGradient
 from dpdm.privacy.ledger import Ledger
 from dpdm.release import make_release
-from dpdm.run import physical_batch_size
+from dpdm.run import Run, open_run, physical_batch_size
 from dpdm.train import train
 from dpdm.workdir import Workdir
 
@@ -140,6 +144,104 @@ def test_a_killed_process_goes_on_to_the_same_end(archive: Path, tmp_path: Path,
     _, state = train(tiny(archive, "dp.seed=1"), workdir, resume=True)
     assert state.digest() == uninterrupted.digest()
     assert spent(workdir) == 6
+
+
+@pytest.mark.parametrize("key", ["setup.data_on_device=true", "setup.overlap_noise=true"])
+def test_a_run_may_go_on_with_other_means_to_the_same_bits(
+    archive: Path, tmp_path: Path, uninterrupted: TrainState, key: str
+) -> None:
+    workdir = Workdir(tmp_path / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, "update_ema", 4)
+        with pytest.raises(DiedError):
+            train(tiny(archive, "dp.seed=1"), workdir)
+    _, state = train(tiny(archive, "dp.seed=1", key), workdir, resume=True)
+    assert state.digest() == uninterrupted.digest()
+    assert torch.equal(weights(state), weights(uninterrupted))
+    assert state.curves == uninterrupted.curves
+    assert spent(workdir) == 6  # the step that died with the other means was replayed: the same release
+
+
+def test_a_lost_step_is_free_with_other_means(archive: Path, tmp_path: Path) -> None:
+    """Without dp.seed, so that the identity of a step depends on all that may change its bits."""
+    workdir = Workdir(tmp_path / "w")
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, "private_step", 4)
+        with pytest.raises(DiedError):
+            train(tiny(archive), workdir)
+    _, state = train(tiny(archive, "setup.data_on_device=true", "setup.overlap_noise=true"), workdir, resume=True)
+    assert (state.step, spent(workdir)) == (6, 6)
+
+
+def test_the_config_says_where_images_and_noise_are_made(archive: Path, tmp_path: Path) -> None:
+    def opened(name: str, *keys: str) -> Run:
+        return open_run(tiny(archive, "setup.device=cpu", *keys), Workdir(tmp_path / name), resume=False)[0]
+
+    plain, other = opened("a"), opened("b", "setup.data_on_device=true", "setup.overlap_noise=true")
+    assert (plain.images, plain.overlaps_noise) == (plain.archive, False)
+    assert (other.images, other.overlaps_noise) == (other.on_device, True)
+    assert other.on_device is not None
+    moved = replace(other, archive=plain.archive)
+    assert moved.images is plain.archive  # never the copy of another archive
+    on_a_gpu = replace(plain, device=torch.device("cuda"))
+    assert on_a_gpu.overlaps_noise
+    refused = replace(on_a_gpu, config=tiny(archive, "setup.overlap_noise=false"))
+    assert not refused.overlaps_noise
+
+
+def test_images_that_do_not_fit_are_left_where_they_are(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, cpu = ImageArchive(archive), torch.device("cpu")
+    needed = images.num_images * (8 * 8 + 8)
+    monkeypatch.setattr(run, "free_memory", lambda device: 4 * needed)
+    assert run.images_on_device(tiny(archive, "setup.data_on_device=true"), images, cpu) is not None
+    monkeypatch.setattr(run, "free_memory", lambda device: 4 * needed - 4)
+    assert run.images_on_device(tiny(archive), images, torch.device("cuda")) is None
+    workdir = Workdir(tmp_path / "w")
+    with pytest.raises(InputError, match=r"a quarter of the free memory of cpu.*setup\.data_on_device=false"):
+        train(tiny(archive, "setup.data_on_device=true", "setup.device=cpu"), workdir)
+    assert not workdir.ledger.exists()
+
+
+def test_a_step_that_is_not_finite_ends_the_run_before_it_is_kept(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir, real = Workdir(tmp_path / "w"), training.private_step
+
+    def broken(*arguments: Any) -> PrivateGradient:
+        step = real(*arguments)
+        step.gradients[0].view(-1)[0] = math.nan
+        return replace(step, figures=step.figures * torch.tensor([1, 1, 1, 0]))
+
+    monkeypatch.setattr(training, "private_step", broken)
+    with pytest.raises(RunError, match="finite gradient"):
+        train(tiny(archive), workdir)
+    state, _ = checkpoint.load(workdir.checkpoint)
+    assert state.step == 0
+    assert all(torch.isfinite(p).all() for p in state.parameters.values())
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_once(archive: Path, tmp_path: Path) -> None:
+    config = tiny(archive, "setup.device=cuda", "train.physical_batch_size=16", "train.num_iterations=5")
+    config = replace(config, train=replace(config.train, checkpoint_every=1000))
+    waits: list[int] = []
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        step = training.private_step
+
+        def watched(*arguments: Any) -> PrivateGradient:
+            torch.cuda.set_sync_debug_mode("warn")
+            waits.append(len([w for w in caught if "synchronizing" in str(w.message)]))
+            return step(*arguments)
+
+        patch.setattr(training, "private_step", watched)
+        try:
+            train(config, Workdir(tmp_path / "w"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert np.diff(waits)[1:].tolist() == [1, 1, 1]
 
 
 def test_steps_that_are_computed_otherwise_are_charged_and_the_budget_holds(archive: Path, tmp_path: Path) -> None:

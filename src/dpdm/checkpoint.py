@@ -6,6 +6,7 @@ It holds weights, their average, Adam's moments, the private curves and the stat
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from dpdm.errors import RunError
 from dpdm.files import atomic_path
 from dpdm.privacy.ledger import Ledger
+from dpdm.transfer import to_host
 
 
 @dataclass
@@ -48,11 +50,20 @@ class TrainState:
         own = f"{rate}/"
         return {name.removeprefix(own): tensor for name, tensor in self.averages.items() if name.startswith(own)}
 
-    def digest(self) -> str:
-        """Returns a SHA-256 of all that the next update depends on: weights, moments, step."""
+    def digest(self, copies: Sequence[Tensor] | None = None) -> str:
+        """Returns a SHA-256 of all that the next update depends on: weights, moments, step.
+
+        Args:
+            copies: of the values of ``hashed()``, in order, on the CPU; None: they are made now.
+        """
+        named = self.hashed()
+        tensors = to_host(list(named.values())) if copies is None else copies
+        return _digest(dict(zip(named, tensors, strict=True)), str(self.step))
+
+    def hashed(self) -> dict[str, Tensor]:
+        """Returns weights and moments, by group and name."""
         groups = {"parameters": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        tensors = {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
-        return _digest(tensors, str(self.step))
+        return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
 
 
 GROUPS = ("parameters", "ema", "averages", "exp_avg", "exp_avg_sq", "warmup")

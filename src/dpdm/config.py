@@ -42,6 +42,7 @@ from dpdm.untrusted import read_bytes
 MAX_CONFIG_BYTES = 2**19
 BYTES_PER_WEIGHT = 4
 MAX_AVERAGES = 8
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,23 @@ class SetupConfig:
     n_gpus_per_node: processes on this machine, which share each step out; see also torchrun.
     precision: of the network in training: float32, or bf16 by torch.autocast; auto is bf16 on a GPU that has it.
         Clipping, sums, noise and weights are not affected.
+    data_on_device: keeps all images, decoded, on the device; auto: on a GPU, if they take at most a quarter of its
+        free memory.
+    overlap_noise: makes a step's noise beside its passes over the network; auto: on a GPU.
+        Neither of the two changes a bit of what is computed.
     """
 
     device: str = "auto"
     num_threads: int | None = None
     n_gpus_per_node: int = 1
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    data_on_device: bool | str = AUTO
+    overlap_noise: bool | str = AUTO
 
     def __post_init__(self) -> None:
+        for name in ("data_on_device", "overlap_noise"):
+            if not isinstance(getattr(self, name), bool) and getattr(self, name) != AUTO:
+                raise InputError(f"Expected setup.{name} to be auto, true or false, got {getattr(self, name)!r}.")
         if self.n_gpus_per_node < 1:
             raise InputError(f"Expected setup.n_gpus_per_node >= 1, got {self.n_gpus_per_node}.")
         if self.num_threads is not None and self.num_threads < 1:

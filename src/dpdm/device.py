@@ -51,6 +51,17 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes of memory that are free now: of a GPU, or of the machine, what files only borrow included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return total_memory(device) // 2
+
+
 def environment(device: torch.device) -> dict[str, str]:
     """Returns versions and hardware, for the reports."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()

@@ -20,10 +20,12 @@ from dpdm import config as configs
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive, is_archive
+from dpdm.data.on_device import ImagesOnDevice, size_of
 from dpdm.data.prepare import prepare
 from dpdm.device import (
     environment,
     execution,
+    free_memory,
     keep_freed_memory,
     pick_device,
     total_memory,
@@ -42,11 +44,15 @@ from dpdm.workdir import Workdir
 PIXELS_PER_PASS = 100_352  # 128 images of 28 x 28: enough to keep cores busy, about 2 GiB with the widest network
 GRADIENT_BYTES_PER_PASS = 2**29
 BYTES_PER_PASS = 4 * 2**30  # of memory, for each time that these two are allowed
+SHARE_FOR_IMAGES = 0.25  # of a device's free memory; physical batches are far from filling the rest
 
 
 @dataclass
 class Run:
-    """What every process works with; nothing of it leaves ``private/``."""
+    """What every process works with; nothing of it leaves ``private/``.
+
+    ``on_device`` holds the images of ``archive`` once more, where the config wishes so.
+    """
 
     config: Config
     archive: ImageArchive
@@ -55,6 +61,19 @@ class Run:
     device: torch.device
     data_fingerprint: str
     physical_batch_size: int
+    on_device: ImagesOnDevice | None = None
+
+    @property
+    def images(self) -> ImageArchive | ImagesOnDevice:
+        """Where a step takes the images of ``archive`` from."""
+        copied = self.on_device
+        return copied if copied is not None and copied.archive is self.archive else self.archive
+
+    @property
+    def overlaps_noise(self) -> bool:
+        """Whether noise is made beside the step: by itself on a GPU, whose host has time; a CPU's cores are busy."""
+        wish = self.config.setup.overlap_noise
+        return self.device.type == "cuda" if wish == configs.AUTO else bool(wish)
 
     def noise_deviation(self) -> float:
         """Returns the standard deviation of the privacy noise in each entry of a step's gradients."""
@@ -159,7 +178,8 @@ def _join(
     if archive.fingerprint() != fingerprint:
         raise InputError(f"Expected the same images at {path} on every machine, got others: copy the archive anew.")
     denoiser = configs.build_denoiser(config).to(device).train()
-    run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size)
+    images = images_on_device(config, archive, device)
+    run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size, images)
     return run, None, fresh_state(denoiser, config.model.ema_rates)
 
 
@@ -186,6 +206,27 @@ def physical_batch_size(config: Config, memory: int) -> int:
     largest = small * max(1, memory // BYTES_PER_PASS)
     chosen = small if config.train.physical_batch_size is None else min(config.train.physical_batch_size, largest)
     return max(1, min(chosen, -(-config.train.expected_batch_size // config.train.n_splits)))
+
+
+def images_on_device(config: Config, archive: ImageArchive, device: torch.device) -> ImagesOnDevice | None:
+    """Returns the archive's images on ``device`` if the config wishes them there; see ``setup.data_on_device``.
+
+    Raises:
+        InputError: if it wishes so without an if, and they do not fit.
+    """
+    wish = config.setup.data_on_device
+    # On a CPU a small set is kept anyway, once decoded, and to decode a large one is little beside a step.
+    if not wish or (wish == configs.AUTO and device.type == "cpu"):
+        return None
+    room, size = int(SHARE_FOR_IMAGES * free_memory(device)), size_of(archive)
+    if size <= room:
+        return ImagesOnDevice(archive, device)
+    if wish == configs.AUTO:
+        return None
+    raise InputError(
+        f"Expected images of at most {room / 2**20:.0f} MiB, a quarter of the free memory of {device}, for "
+        f"setup.data_on_device=true, got {size / 2**20:.0f} MiB: set setup.data_on_device=false."
+    )
 
 
 def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
@@ -234,6 +275,7 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
         config = configs.resolve(config, archive)
         denoiser = configs.build_denoiser(config).to(device).train()
         plan = make_plan(config, archive.num_records)
+        images = images_on_device(config, archive, device)
     except InputError:
         if not (exists or given):  # nothing was bought: leave the folder as it was found
             workdir.train_archive.unlink(missing_ok=True)
@@ -252,7 +294,8 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
         configs.save(config, workdir.config)
         _write_key(workdir, key)
         ledger = Ledger.create(workdir.ledger, header)
-    run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size(config, total_memory(device)))
+    size = physical_batch_size(config, total_memory(device))
+    run = Run(config, archive, plan, denoiser, device, fingerprint, size, images)
     books = Books(run, workdir, ledger, key, execution(device))
     if not workdir.checkpoint.exists():
         if lost := ledger.spent("DP-SGD"):  # there is a checkpoint before the first step

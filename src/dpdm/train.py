@@ -23,6 +23,7 @@ from dpdm import distributed
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config, ModelConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
+from dpdm.data.on_device import ImagesOnDevice
 from dpdm.diffusion.augmentation import NUM_DISTORTIONS, distort, mirror
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
@@ -36,6 +37,7 @@ from dpdm.privacy.draws import record_draws
 from dpdm.privacy.poisson import poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
+from dpdm.transfer import to_device, to_host
 from dpdm.untrusted import clean
 from dpdm.warmup import central_images, train_on_central_images, with_covariances
 from dpdm.workdir import Workdir
@@ -68,24 +70,10 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
         share_state(state)
         if books and state.step == 0:
             books.save(state)
-        parameters = dict(run.denoiser.network.named_parameters())
-        saved_at, saved_step = time.monotonic(), state.step
+        saved_at, saved_step, digest = time.monotonic(), state.step, state.digest()
         with Progress("DP-SGD", run.plan.num_iterations, start=state.step, unit="steps") as progress:
-            while keys := _next_step(run, books, state, interrupted):
-                step = private_step(run, parameters, keys)
-                adam_step(
-                    run.config.optim,
-                    parameters,
-                    step.gradients,
-                    state.exp_avg,
-                    state.exp_avg_sq,
-                    step=state.step,
-                    num_iterations=run.plan.num_iterations,
-                    noise_deviation=run.noise_deviation(),
-                )
-                _update_averages(state, parameters, run.config.model)
-                state.step += 1
-                _record(state, step)
+            while keys := _next_step(run, books, state, digest, interrupted):
+                digest = take_step(run, state, keys)
                 due = _checkpoint_is_due(run.config.train, state.step, saved_step, time.monotonic() - saved_at)
                 if books and (due or monitor.is_due(state.step)):
                     books.save(state)
@@ -112,9 +100,13 @@ def step_keys(key: bytes) -> StepKeys:
     return StepKeys(*(noise.derive_key(key, use) for use in ("batch", "diffusion", "noise")))
 
 
-def _next_step(run: Run, books: Books | None, state: TrainState, interrupted: threading.Event) -> StepKeys | None:
-    """Buys the next step and returns its keys; None if training ends here. The noise's key stays on rank 0."""
-    digest = state.digest()
+def _next_step(
+    run: Run, books: Books | None, state: TrainState, digest: str, interrupted: threading.Event
+) -> StepKeys | None:
+    """Buys the next step, on the state of ``digest``, and returns its keys; None if training ends here.
+
+    The noise's key stays on rank 0.
+    """
     own: StepKeys | None = None
 
     def buy() -> tuple[StepKeys | None, str]:
@@ -135,13 +127,36 @@ def _next_step(run: Run, books: Books | None, state: TrainState, interrupted: th
     return own if books else keys
 
 
+def take_step(run: Run, state: TrainState, keys: StepKeys) -> str:
+    """Makes one update of ``state``, whose weights are the network's, and returns the digest of what comes out.
+
+    Raises:
+        RunError: see ``_end_of_step``.
+    """
+    parameters = dict(run.denoiser.network.named_parameters())
+    step = private_step(run, parameters, keys)
+    adam_step(
+        run.config.optim,
+        parameters,
+        step.gradients,
+        state.exp_avg,
+        state.exp_avg_sq,
+        step=state.step,
+        num_iterations=run.plan.num_iterations,
+        noise_deviation=run.noise_deviation(),
+    )
+    _update_averages(state, parameters, run.config.model)
+    state.step += 1
+    return _end_of_step(state, step)
+
+
 def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> PrivateGradient:
     """Returns the private gradient of one step whose randomness comes from ``keys``."""
     batch = poisson_sample(keys.batch, run.plan.dataset_size, run.plan.sampling_rate)
 
     def loss(records: np.ndarray) -> Tensor:
         with run.autocast():
-            return example_losses(run.denoiser, run.archive, records, run.config.loss, key=keys.diffusion)
+            return example_losses(run.denoiser, run.images, records, run.config.loss, key=keys.diffusion)
 
     return private_gradient(
         parameters,
@@ -153,11 +168,12 @@ def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> 
         physical_batch_size=run.physical_batch_size,
         noise_key=keys.noise,
         secure_noise=run.config.dp.secure_noise,
+        overlap_noise=run.overlaps_noise,
     )
 
 
 def example_losses(
-    denoiser: Denoiser, archive: ImageArchive, records: np.ndarray, config: LossConfig, *, key: bytes
+    denoiser: Denoiser, images: ImageArchive | ImagesOnDevice, records: np.ndarray, config: LossConfig, *, key: bytes
 ) -> Tensor:
     """Returns the loss of each record, the mean over its own K draws, (B,).
 
@@ -167,22 +183,25 @@ def example_losses(
     Guarantee: entry b is a function of record b and of (key, records[b]); no other record enters.
     """
     device = next(denoiser.parameters()).device
+    archive = images if isinstance(images, ImageArchive) else images.archive
     draws, shape = config.noise_multiplicity, (archive.num_channels, archive.resolution, archive.resolution)
-    rows = torch.from_numpy(records).to(device)
+    rows = to_device(records, device)
     kinds = 3 if archive.unit == "group" else 2
     moves = NUM_DISTORTIONS + 1 if config.augmentation or config.flip else 0
     uniform, normal = record_draws(key, rows, (kinds + moves) * draws, draws * math.prod(shape))
     u = uniform.view(len(records), kinds + moves, draws).permute(1, 2, 0)  # (kinds, K, B)
-    chosen = archive.choose_images(records, u[2].cpu().numpy()) if archive.unit == "group" else records  # (K, B) | (B,)
-    pixels = archive.read(chosen.flatten()).reshape(*chosen.shape, *shape)
-    images = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
+    choice = u[2] if archive.unit == "group" else None
+    if isinstance(images, ImageArchive):
+        pixels, labels = _take(images, records, choice, device)
+    else:
+        pixels, labels = images.take(rows, choice)
+    shown = pixels.float() / 127.5 - 1
     if moves:
-        images = _move(images.expand(draws, len(records), *shape), u[kinds:], config)
-    conditional = denoiser.network.num_classes > 0 and archive.labels is not None
+        shown = _move(shown.expand(draws, len(records), *shape), u[kinds:], config)
     return diffusion_loss(
         denoiser,
-        images,
-        torch.from_numpy(archive.labels[chosen]).to(device) if conditional and archive.labels is not None else None,
+        shown,
+        labels if denoiser.network.num_classes > 0 else None,
         sigma=noise_level(config, denoiser.kind, u[0]).float(),
         noise=normal.view(len(records), draws, *shape).transpose(0, 1),
         drop_label=u[1] < config.label_dropout,
@@ -198,6 +217,16 @@ def _move(images: Tensor, u: Tensor, config: LossConfig) -> Tensor:
     if config.flip:
         flat = mirror(flat, numbers[NUM_DISTORTIONS])
     return flat.view(images.shape)
+
+
+def _take(
+    archive: ImageArchive, records: np.ndarray, choice: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Returns what ``ImagesOnDevice.take`` does, of images that are decoded now and sent to ``device``."""
+    chosen = records if choice is None else archive.choose_images(records, choice.cpu().numpy())  # (K, B) | (B,)
+    pixels = archive.read(chosen.flatten())
+    labels = None if archive.labels is None else to_device(archive.labels[chosen], device)
+    return to_device(pixels, device).view(*chosen.shape, *pixels.shape[1:]), labels
 
 
 def announcement(run: Run) -> str:
@@ -251,10 +280,23 @@ def _update_averages(state: TrainState, parameters: Mapping[str, Tensor], config
         update_ema(state.average(rate), parameters, ema_decay(rate, state.step))
 
 
-def _record(state: TrainState, step: PrivateGradient) -> None:
+def _end_of_step(state: TrainState, step: PrivateGradient) -> str:
+    """Notes the step's figures in the curves and returns the state's digest: here, once, the host waits for a GPU.
+
+    Raises:
+        RunError: if the step's gradient was not finite; nothing of it has been kept.
+    """
+    figures, *tensors = to_host([step.figures, *state.hashed().values()])
+    step = replace(step, figures=figures)
+    if not step.is_finite:
+        raise RunError(
+            "Expected a finite gradient of the whole step, got another one: weights that are not finite, or a fault of "
+            "the device; go on with --resume, or start again with a lower optim.learning_rate."
+        )
     values = {"loss": step.mean_loss, "clip_fraction": step.clip_fraction, "batch_size": step.batch_size}
     for name, value in values.items():
         state.curves.setdefault(name, []).append(float(value))
+    return state.digest(tensors)
 
 
 def _checkpoint_is_due(config: TrainConfig, step: int, saved_step: int, seconds: float) -> bool:

@@ -15,6 +15,7 @@ from dpdm.privacy import dpsgd
 from dpdm.privacy.discrete import grid_for
 from dpdm.privacy.dpsgd import DPConfig, PrivateGradient, clipped_sum, per_example_gradients, private_gradient
 from dpdm.privacy.noise import derive_key
+from dpdm.privacy.step_noise import StepNoise, add_noise
 
 KEY = bytes(32)
 Together = Callable[[int, Callable[[int], PrivateGradient]], list[PrivateGradient]]
@@ -187,7 +188,7 @@ def test_noise_is_added_once_with_the_right_variance_whatever_the_split(secure: 
 @pytest.mark.parametrize("secure", [True, False])
 def test_sums_lie_on_the_grid_if_the_noise_is_secure(secure: bool) -> None:
     sums = [torch.tensor([0.1, -0.3, 0.7], dtype=torch.float64), torch.tensor([[1 / 3]], dtype=torch.float64)]
-    dpsgd.add_noise(sums, 0.5, 2.0, KEY, secure=secure)
+    add_noise(sums, StepNoise(4, 0.5, 2.0, KEY, secure=secure))
     in_spacings = flat(sums) / grid_for(0.5, 2.0, 4).spacing
     assert bool((in_spacings == in_spacings.round()).all()) == secure
 

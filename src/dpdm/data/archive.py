@@ -303,6 +303,16 @@ class ImageArchive:
         sizes = self._group_sizes[records]
         return self._by_group[self._group_starts[records] + np.minimum((u * sizes).astype(np.int64), sizes - 1)]
 
+    def group_table(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Returns the images sorted by group (num_images,), and where a group begins there, and its size (num_groups,).
+
+        Raises:
+            ValueError: if there are no groups.
+        """
+        if self.groups is None:
+            raise ValueError(f"Expected groups in {self.path}, got none.")
+        return self._by_group, self._group_starts, self._group_sizes
+
     def check(self) -> None:
         """Decodes every image.
 

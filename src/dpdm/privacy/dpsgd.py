@@ -15,10 +15,9 @@ from torch import Tensor
 
 from dpdm import distributed
 from dpdm.errors import InputError
-from dpdm.privacy.discrete import secure_gaussian
 from dpdm.privacy.layers import per_example
-from dpdm.privacy.noise import gaussian_noise
 from dpdm.privacy.poisson import physical_batches
+from dpdm.privacy.step_noise import StepNoise, add_noise
 
 # What float arithmetic can add to the sensitivity, relative. Gradients are scaled to norm C / (1 + TAU), so that the
 # sensitivity of what is *computed* is at most C. Norms, scaling and sums are computed in float64. Contributions, as
@@ -82,15 +81,31 @@ class PrivateGradient:
 
     Attributes:
         gradients: one per parameter, float32: the only field that the guarantee covers.
-        batch_size, mean_loss, clip_fraction, num_nonfinite: *private*, without noise; for the private report alone.
-            Mean loss and clip fraction of an empty batch are NaN.
+        batch_size: of this batch; *private*, without noise, as are
+        figures: (4,) float64, where the gradients are: mean loss, clip fraction (of an empty batch NaN), records whose
+            gradient is not finite, and whether the gradients to be released are finite: 1, or 0. To read one of them
+            from a GPU is to wait for the step's end.
     """
 
     gradients: list[Tensor]
     batch_size: int
-    mean_loss: float
-    clip_fraction: float
-    num_nonfinite: int
+    figures: Tensor
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.figures[0])
+
+    @property
+    def clip_fraction(self) -> float:
+        return float(self.figures[1])
+
+    @property
+    def num_nonfinite(self) -> int:
+        return int(self.figures[2])
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.figures[3])
 
 
 def private_gradient(
@@ -104,6 +119,7 @@ def private_gradient(
     physical_batch_size: int,
     noise_key: bytes | None,
     secure_noise: bool = True,
+    overlap_noise: bool = False,
 ) -> PrivateGradient:
     """Returns (sum of clipped per-example gradients + noise_multiplier C z) / expected_batch_size, z standard normal.
 
@@ -126,11 +142,20 @@ def private_gradient(
         physical_batch_size: most examples in one forward pass; 1 needs the least memory.
         noise_key: of this step and purpose alone; needed on rank 0, which keeps it to itself.
         secure_noise: see ``DPConfig``.
+        overlap_noise: makes the noise in a thread beside the passes over the network; the same bits.
     """
     if len(batch) > LARGEST_BATCH:
         raise InputError(
             f"Expected a batch of at most {LARGEST_BATCH} images (rounding is bounded up to there), got more."
         )
+    noise = None
+    if distributed.is_main():
+        if noise_key is None:
+            raise ValueError("Expected noise_key on rank 0, got None.")
+        size = sum(p.numel() for p in parameters.values())
+        noise = StepNoise(size, clipping_norm, noise_multiplier, noise_key, secure=secure_noise)
+        if overlap_noise:
+            noise.begin()
     own = distributed.share(len(batch))
     clipped = clipped_sum(
         parameters,
@@ -141,41 +166,24 @@ def private_gradient(
     )
     sums = clipped.sums
     distributed.sum_over_processes(sums)
-    if distributed.is_main():
-        if noise_key is None:
-            raise ValueError("Expected noise_key on rank 0, got None.")
-        add_noise(sums, clipping_norm, noise_multiplier, noise_key, secure=secure_noise)
+    if noise is not None:
+        add_noise(sums, noise)
     distributed.broadcast_tensors(sums)
-    all_losses, all_norms = _everybodys(clipped.losses), _everybodys(clipped.norms)
-    return PrivateGradient(
-        [(total / expected_batch_size).float() for total in sums],
-        batch_size=len(batch),
-        mean_loss=float(all_losses.mean()) if len(batch) else math.nan,
-        clip_fraction=float((all_norms > clipping_norm).double().mean()),
-        num_nonfinite=int((~torch.isfinite(all_norms)).sum()),
-    )
+    gradients = [(total / expected_batch_size).float() for total in sums]
+    return PrivateGradient(gradients, len(batch), _figures(clipped, clipping_norm, gradients))
 
 
-def add_noise(
-    sums: Sequence[Tensor], sensitivity: float, noise_multiplier: float, key: bytes, *, secure: bool = True
-) -> None:
-    """Adds independent Gaussian noise to every entry of ``sums``, float64, from one stream of ``key``.
-
-    Its standard deviation is noise_multiplier * sensitivity, and up to 1e-6 more where it is ``secure``: then the sums
-    are rounded to a public grid first (``discrete``). Arithmetic is the CPU's, wherever the sums are.
-    """
-    flat = torch.cat([total.flatten() for total in sums]).cpu().numpy()
-    if secure:
-        noisy = secure_gaussian(flat, sensitivity=sensitivity, noise_multiplier=noise_multiplier, key=key)
-    else:
-        noisy = flat + noise_multiplier * sensitivity * gaussian_noise(key, flat.size)
-    for total, part in zip(sums, torch.from_numpy(noisy).split([total.numel() for total in sums]), strict=True):
-        total.copy_(part.view_as(total))
+def _figures(clipped: "ClippedSum", clipping_norm: float, gradients: Sequence[Tensor]) -> Tensor:
+    """Returns ``PrivateGradient.figures``, of the records of all processes."""
+    losses, norms = _everybodys(clipped.losses), _everybodys(clipped.norms)
+    finite = torch.stack([g.isfinite().all() for g in gradients]).all().to(norms.device)
+    shares = losses.mean(), (norms > clipping_norm).double().mean()
+    return torch.stack([*shares, (~norms.isfinite()).sum().double(), finite.double()])
 
 
 def _everybodys(values: Tensor) -> Tensor:
-    """Returns the values of all processes, in rank order, (n,) float64 on the CPU."""
-    return torch.cat(distributed.gather(values.cpu()))
+    """Returns the values of all processes, in rank order, (n,) float64; where they are, or of several on the CPU."""
+    return values if distributed.size() == 1 else torch.cat(distributed.gather(values.cpu()))
 
 
 @dataclass(frozen=True)
@@ -256,8 +264,7 @@ def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float, sums
     beside = sums[0].new_zeros(sum(sizes))
     if small:
         rows.append((beside, torch.cat([flat[i] for i in small], dim=1)))
-    squares = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square() for _, g in rows]
-    norms = torch.stack(squares).sum(0).sqrt()
+    norms = torch.stack([_squared_norms(g) for _, g in rows]).sum(0).sqrt()
     scale = (clipping_norm / ((1 + TAU) * norms)).clamp(max=1.0)
     usable = torch.isfinite(norms)
     if norms.is_cuda or not bool(usable.all()):  # on a GPU to ask would be to wait
@@ -265,9 +272,19 @@ def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float, sums
         for _, g in rows:  # 0 * inf would be NaN
             g.masked_fill_(~usable[:, None], 0.0)
     for total, g in rows:
-        columns = max(1, (PIECE_GPU if g.is_cuda else PIECE_CPU) // max(1, len(g)))
-        for part, piece in zip(total.split(columns), g.split(columns, dim=1), strict=True):
+        for part, piece in zip(total.split(_columns(g)), g.split(_columns(g), dim=1), strict=True):
             part += scale @ piece.double()
     for i, part in zip(small, beside.split(sizes), strict=True):
         sums[i].add_(part.view_as(sums[i]))
     return norms
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    """Returns the squared L2 norm of each row of (b, p), (b,) float64; all arithmetic is in float64."""
+    pieces = rows.split(_columns(rows), dim=1)
+    return torch.stack([torch.linalg.vector_norm(piece.double(), dim=1).square() for piece in pieces]).sum(0)
+
+
+def _columns(rows: Tensor) -> int:
+    """Returns how many columns of (b, p) are converted to float64 at a time."""
+    return max(1, (PIECE_GPU if rows.is_cuda else PIECE_CPU) // max(1, len(rows)))

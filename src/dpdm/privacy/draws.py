@@ -33,7 +33,10 @@ def philox(
     Returns:
         Four int64 tensors of the broadcast shape, with values below 2^32.
     """
-    a, b, c, d = torch.broadcast_tensors(*(torch.as_tensor(word, device=_device(counter)) for word in counter))
+    device = _device(counter)
+    # A number is filled in on the device: to send it there would be to wait for all that is under way.
+    words = (w if isinstance(w, Tensor) else torch.full((), w, dtype=torch.int64, device=device) for w in counter)
+    a, b, c, d = torch.broadcast_tensors(*words)
     for step in range(ROUNDS):
         key_a, key_b = ((key[i] + step * WEYL[i]) & MASK for i in range(2))
         # A product of two 32-bit words may pass 2^63: it wraps, and its 64 bits are right all the same.
