@@ -16,7 +16,7 @@ ROOMS = ("diffusion", "privacy", "data", "evaluation")
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("synthesize", "audit"),
+    ("synthesize", "audit", "half"),
     ("evaluate", "verify"),
     ("statement",),
     ("train", "release"),
@@ -33,6 +33,7 @@ LAYERS = (
         "progress",
         "reference",
         "plain_yaml",
+        "pretrained",
         "files",
         "untrusted",
         "errors",
@@ -49,6 +50,7 @@ WITHIN_LAST = {
     "distributed": {"errors"},
     "reference": {"errors"},
     "plain_yaml": {"errors"},
+    "pretrained": {"errors"},
     "__init__": {"release"},
 }
 WITHOUT_TORCH = (

@@ -101,7 +101,7 @@ def verify(release: Path, images: Path | None = None) -> Findings:
         recomputed = statement.recompute(content, mechanisms, config)
         found.epsilons, found.notices = recomputed.epsilons, recomputed.notices
         found.problems += recomputed.problems
-    found.problems += check_weights(release / "model.safetensors", config)
+    found.problems += check_weights(release / "model.safetensors", config, half="rounding" in content)
     found.problems += _check_words(release, content, config)
     _check_images(release, images, config, found)
     return found

@@ -13,7 +13,12 @@ MEANING = {
     "DP-SGD": "DP-SGD (training in noisy steps)",
     "central images": "Central images (a noisy average of each class)",
 }
-RESTS_ON = {"threat_model": "Who attacks", "randomness": "Randomness", "floating_point": "Rounding"}
+RESTS_ON = {
+    "threat_model": "Who attacks",
+    "randomness": "Randomness",
+    "floating_point": "Rounding",
+    "rounding": "Weights",
+}
 NOT_COVERED = {
     "composition_scope": "Scope",
     "hyperparameters": "How the settings were chosen",
