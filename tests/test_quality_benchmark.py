@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +238,24 @@ def test_what_cannot_be_measured_is_said(
 def test_the_page_has_a_place_for_the_tables() -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert re.findall(r"<!-- (\w+): begin -->\n(?:.*\n)*?<!-- \1: end -->", text) == ["quality"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_quality_measures_what_there_are_data_for(tmp_path: Path) -> None:
+    for name in ("dpdm", "python"):  # in place of those of .venv; python also says which releases there are
+        says = (
+            "case $1 in -c) echo mnist_eps_1.0 fmnist_eps_10.0 mnist_eps_10.0;; *) echo RAN $(basename $0) $* ;; esac"
+        )
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "--silent", "--old-file=.venv/ready", f"BIN={tmp_path}", "quality", "MNIST=a b"]
+    done = subprocess.run(
+        [*command, f"--file={ROOT / 'Makefile'}"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [
+        "RAN dpdm demo --workdir runs/demo",
+        "RAN python benchmarks/quality.py --release runs/demo/release --name digits_eps_10.0 --data digits --docs",
+        "RAN python benchmarks/quality.py --pretrained mnist_eps_1.0 --data a b --docs",
+        "RAN python benchmarks/quality.py --pretrained mnist_eps_10.0 --data a b --docs",
+        "Left out for want of MNIST=path or FMNIST=path: fmnist_eps_10.0",
+    ]
