@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: assurance benchmark demo test test-slow
+.PHONY: assurance benchmark demo quality test test-slow
 
 demo: .venv/ready
 	$(BIN)/dpdm demo --workdir runs/demo
@@ -26,6 +26,19 @@ benchmark: .venv/ready-to-benchmark
 	$(BIN)/python benchmarks/dp_step.py --rounds 3 --peers opacus_hooks --docs
 	$(BIN)/python benchmarks/sampling.py --docs
 	$(BIN)/python benchmarks/scaling.py --docs
+
+# Figures of the demo's release and of the pretrained ones for which data are given, into docs/results.md:
+# make quality MNIST=path/to/mnist FMNIST=path/to/fashion_mnist
+MNIST ?=
+FMNIST ?=
+quality: .venv/ready
+	test -d runs/demo/release || $(BIN)/dpdm demo --workdir runs/demo
+	$(BIN)/python benchmarks/quality.py --release runs/demo/release --name digits_eps_10.0 --data digits --docs
+	@left=; for name in $$($(BIN)/python -c 'from dpdm import pretrained; print(*pretrained.names())'); do \
+		case $$name in mnist_*) data='$(MNIST)' ;; fmnist_*) data='$(FMNIST)' ;; *) data= ;; esac; \
+		if [ -z "$$data" ]; then left="$$left $$name"; continue; fi; \
+		$(BIN)/python benchmarks/quality.py --pretrained "$$name" --data "$$data" --docs || exit 1; \
+	done; [ -z "$$left" ] || echo "Left out for want of MNIST=path or FMNIST=path:$$left"
 
 .venv/ready-to-benchmark: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmark]'

@@ -15,7 +15,7 @@ from dpdm import release
 from dpdm.config import Config
 from dpdm.generate import write_archive
 from dpdm.privacy.accounting import Mechanism
-from dpdm.released_files import sha256
+from dpdm.released_files import sha256, to_half
 from dpdm.workdir import Workdir
 
 DATASET_SIZE = 40
@@ -41,21 +41,24 @@ def make_config(keys: Sequence[str] = ()) -> Config:
     return configs.load([], [*KEYS, *keys])
 
 
-def make_statement(config: Config, mechanisms: Sequence[Mechanism] = MECHANISMS) -> dict[str, Any]:
+def make_statement(
+    config: Config, mechanisms: Sequence[Mechanism] = MECHANISMS, *, half: bool = False
+) -> dict[str, Any]:
     plan = {"dataset_size": DATASET_SIZE, "num_iterations": config.train.num_iterations}
-    return release.make_statement(config, list(mechanisms), plan)
+    return release.make_statement(config, list(mechanisms), plan, half=half)
 
 
 def make_weights(config: Config) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in configs.build_denoiser(config).network.named_parameters()}
 
 
-def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = ()) -> Path:
+def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = (), half: bool = False) -> Path:
     """Writes ``release/`` into ``run``, and ``synthetic.zip`` with random images; returns the release."""
     config = make_config(keys)
-    statement = make_statement(config)
+    statement = make_statement(config, half=half)
     card = release.model_card(statement, config)
-    release._write(Workdir(run), make_weights(config), release.redacted(config), statement, card)
+    weights = to_half(make_weights(config)) if half else make_weights(config)
+    release.write_release(Workdir(run), weights, release.redacted(config), statement, card)
     if images:
         random = np.random.default_rng(1)
         drawn = random.integers(0, 256, (images, 1, 8, 8), np.uint8)

@@ -16,7 +16,7 @@ ROOMS = ("diffusion", "privacy", "data", "evaluation")
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("synthesize", "audit"),
+    ("synthesize", "audit", "half"),
     ("evaluate", "verify"),
     ("statement",),
     ("train", "release"),
@@ -34,6 +34,7 @@ LAYERS = (
         "reference",
         "plain_yaml",
         "optimizer",
+        "pretrained",
         "files",
         "untrusted",
         "transfer",
@@ -60,6 +61,7 @@ WITHIN_LAST = {
     "reference": {"errors"},
     "plain_yaml": {"errors"},
     "optimizer": {"errors"},
+    "pretrained": {"errors"},
     "__init__": {"release"},
 }
 WITHOUT_TORCH = (

@@ -249,6 +249,30 @@ def test_words_of_another_version_are_not_compared_and_that_is_said(release: Pat
     assert text.count("\nPRIVACY STATEMENT") == 0
 
 
+def test_an_older_version_may_have_had_fewer_keys_and_that_is_said(release: Path) -> None:
+    def older(statement: dict[str, Any]) -> None:
+        statement["versions"]["dpdm"] = "0.0.1"
+
+    def fewer(config: dict[str, Any]) -> None:
+        del config["optim"]["schedule"], config["train"]["warmup"]["blur"]
+
+    edit(release, "config.json", fewer)
+    assert problems_of(release) == ["config.json is not that of a release: optim.schedule, train.warmup.blur"]
+    edit(release, "privacy.json", older)
+    found = verify(release)
+    assert found.problems == []
+    assert "Keys that config.json lacks have their defaults: optim.schedule, train.warmup.blur." in found.notices
+    # A key that no release has is not excused by age, and neither is one on which the statement depends.
+    edit(release, "config.json", lambda c: c["train"].update(seed=7))
+    assert problems_of(release) == ["config.json is not that of a release: train.seed"]
+
+    def without_steps(config: dict[str, Any]) -> None:
+        del config["train"]["seed"], config["train"]["num_iterations"]
+
+    edit(release, "config.json", without_steps)
+    assert any("3 steps of DP-SGD are stated, config.json asks for 0" in problem for problem in problems_of(release))
+
+
 # Accountants
 
 

@@ -37,6 +37,25 @@ def workdir_option(command: Command) -> Command:
     return click.option("--workdir", type=PATH, required=True, metavar="DIR", help="Folder of the run.")(command)
 
 
+def pretrained_option(command: Command) -> Command:
+    return click.option(
+        "--pretrained",
+        metavar="NAME",
+        is_eager=True,
+        callback=_list_pretrained,
+        help="Take the release of this name that comes with dpdm; list: print the names.",
+    )(command)
+
+
+def _list_pretrained(context: click.Context, _option: click.Parameter, name: str | None) -> str | None:
+    from dpdm import pretrained
+
+    if name == "list":
+        print(pretrained.listing())
+        context.exit()
+    return name
+
+
 def config_options(command: Command) -> Command:
     """Adds --config and, after --, overrides; words without = are further files, as the original's habit is."""
     command = click.argument("words", nargs=-1, metavar="[-- key=value ...]")(command)
@@ -247,18 +266,31 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
 @click.option(
     "--workdir", type=PATH, metavar="DIR", help="Folder of the run; with --from: default FILE without suffix."
 )
-@click.option("--from", "source", type=PATH, metavar="FILE", help="Convert this checkpoint of the original, instead.")
+@click.option(
+    "--from",
+    "source",
+    type=PATH,
+    metavar="PATH",
+    help="Convert this checkpoint of the original, or round this release.",
+)
 @click.option("--ema", type=float, metavar="RATE", help="Release this one of the averages in model.ema_rates.")
+@click.option("--half", is_flag=True, help="Round the weights to float16: half the size, no less privacy.")
 @config_options
 def release(
-    workdir: Path | None, source: Path | None, ema: float | None, config: tuple[str, ...], words: tuple[str, ...]
+    workdir: Path | None,
+    source: Path | None,
+    ema: float | None,
+    half: bool,
+    config: tuple[str, ...],
+    words: tuple[str, ...],
 ) -> None:
     """Write release/: weights, config, privacy statement and model card.
 
     It ends the run: the keys of its randomness are deleted, so it can be neither resumed nor released again.
 
     With --from and --config it converts a checkpoint of the original DPDM; its statement then gives no guarantee,
-    because such a file records nothing from which one could be computed.
+    because such a file records nothing from which one could be computed. With --from RELEASE --half --workdir DIR it
+    writes a finished release anew, its weights rounded; the statement says so and stays as it is otherwise.
     """
     from dpdm import config as configs
     from dpdm.release import convert, make_release
@@ -269,14 +301,24 @@ def release(
             raise InputError("Expected --workdir, got none: give a run's folder, or --from a checkpoint to convert.")
         if files or overrides:
             raise InputError("Expected no --config and no keys without --from: a run is released by its own config.")
-        folder = make_release(Workdir(workdir), ema)
+        folder = make_release(Workdir(workdir), ema, half=half)
         print(f"{folder} may be shared. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
         return
     if ema is not None:
-        raise InputError(f"Expected no --ema with --from, got {ema}: a checkpoint of the original holds one average.")
+        raise InputError(f"Expected no --ema with --from, got {ema}: only a run keeps several averages.")
+    if (source / "privacy.json").is_file():
+        from dpdm.half import halve
+
+        if workdir is None or not half or files or overrides:
+            raise InputError(
+                f"Expected --half, --workdir and nothing else with --from {source}, got others: a release is rounded "
+                "to float16 and written to another folder."
+            )
+        print(f"{halve(source, Workdir(workdir))} may be shared.", file=sys.stderr)
+        return
     if not files:
         raise InputError(f"Expected --config, got none: {source} does not say what network it is of.")
-    folder = convert(source, configs.load(files, overrides), Workdir(workdir or source.with_suffix("")))
+    folder = convert(source, configs.load(files, overrides), Workdir(workdir or source.with_suffix("")), half=half)
     print(
         f"{folder} holds the weights of {source}; no guarantee of theirs can be verified, and the statement says so.",
         file=sys.stderr,
@@ -285,12 +327,14 @@ def release(
 
 @app.command(
     short_help="Draw images from a release.",
-    epilog="Example: dpdm sample --workdir OUT -- model.ckpt=runs/mine/release sampler.num_images=100 sampler.seed=1",
+    epilog="Example: dpdm sample --workdir OUT -- model.ckpt=runs/mine/release sampler.num_images=100 sampler.seed=1, "
+    "or without a model of your own: dpdm sample --pretrained NAME --workdir OUT",
 )
 @config_options
+@pretrained_option
 @workdir_option
-def sample(config: tuple[str, ...], workdir: Path, words: tuple[str, ...]) -> int:
-    """Draw images into samples/ in DIR, from model.ckpt or else from DIR's own release.
+def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words: tuple[str, ...]) -> int:
+    """Draw images into samples/ in DIR, from model.ckpt, a pretrained release, or else DIR's own release.
 
     model.ckpt is a release, or with --config a checkpoint of the original DPDM. On several GPUs:
     setup.n_gpus_per_node=N after --, or torchrun.
@@ -298,6 +342,7 @@ def sample(config: tuple[str, ...], workdir: Path, words: tuple[str, ...]) -> in
     What is drawn from a release costs no privacy, however much it is.
     """
     from dpdm import config as configs
+    from dpdm import pretrained as releases
     from dpdm.distributed import together
     from dpdm.generate import check_empty, make_samples
     from dpdm.release import load_denoiser, own_config
@@ -309,6 +354,12 @@ def sample(config: tuple[str, ...], workdir: Path, words: tuple[str, ...]) -> in
         files, overrides = _split(config, words)
         asked = configs.load(files, overrides)
         ckpt = Path(asked.model.ckpt) if asked.model.ckpt else run.release
+        if pretrained is not None:
+            if files or asked.model.ckpt:
+                raise InputError(
+                    f"Expected no --config and no model.ckpt with --pretrained {pretrained}, got one: it has its own."
+                )
+            ckpt = releases.folder(pretrained)
         own = own_config(ckpt)
         if own is not None:  # the model's own shape and sampler, the user's wishes on top
             asked = configs.load([own, *files], overrides, quiet=True)
@@ -513,19 +564,24 @@ def _report(found: "StepAudit | RunAudit", as_json: bool) -> None:
     epilog="Example: dpdm verify runs/mine/release > statement.txt; for the images' owner: dpdm verify "
     "runs/mine/release --against runs/mine/private/train.zip",
 )
-@click.argument("release", type=PATH)
+@click.argument("release", type=PATH, required=False)
+@pretrained_option
 @click.option("--images", type=PATH, metavar="PATH", help="Synthetic images elsewhere than beside RELEASE.")
 @click.option("--against", type=PATH, metavar="ARCHIVE", help="Training images: look for copies of them; private.")
-def verify(release: Path, images: Path | None, against: Path | None) -> None:
+def verify(release: Path | None, pretrained: str | None, images: Path | None, against: Path | None) -> None:
     """Check a release against its own statement and print the statement on one page.
 
     Two accountants recompute epsilon; every file, the synthetic images beside RELEASE included, must hold what a
     release holds and nothing else. It cannot prove how training was done. With --against the synthetic images are also
     compared with the training images; what that finds goes to standard error and is private.
     """
+    from dpdm import pretrained as releases
     from dpdm import verify as checks
     from dpdm.evaluation.copies import describe
 
+    if (release is None) == (pretrained is None):
+        raise InputError("Expected RELEASE or --pretrained NAME, got both or neither: name one release.")
+    release = release or releases.folder(pretrained or "")
     found = checks.verify(release, images)
     for problem in found.problems:
         _complain(f"{release}: {problem}")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpdm import checkpoint, reference_checkpoint
+from dpdm import checkpoint, pretrained, reference_checkpoint
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.diffusion.denoiser import Denoiser
@@ -27,7 +27,7 @@ from dpdm.files import fsync, write_json, write_text
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
-from dpdm.released_files import network_shapes
+from dpdm.released_files import network_shapes, to_half
 from dpdm.workdir import Workdir
 
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
@@ -38,6 +38,7 @@ SECURE_NOISE = (
     "noise is added in integers on a public grid and sampled exactly, so that no gap between floats is left to attack "
     "(Mironov 2012)"
 )
+ROUNDING = "rounded to float16 after training; what is computed from private weights alone gives away no more than they"
 FLOAT_NOISE = "Gaussians are float64 Box-Muller, open to attacks on the gaps between floats (Mironov 2012)"
 LIBRARIES = ("dpdm", "torch", "numpy", "dp-accounting", "cryptography", "safetensors")
 
@@ -93,12 +94,14 @@ WORDS = {
 }
 
 
-def make_release(workdir: Workdir, ema_rate: float | None = None) -> Path:
+def make_release(workdir: Workdir, ema_rate: float | None = None, *, half: bool = False) -> Path:
     """Writes ``release/`` from a run's checkpoint and ledger, then deletes the run's keys; returns the folder.
 
     Released is the moving average of ``model.ema_rate``, or of another rate that the run kept (``model.ema_rates``).
     All of them are functions of the same mechanisms. A choice made by looking at samples costs nothing; one made by
     looking at real images is not accounted for.
+
+    With ``half`` the weights are rounded to float16, which halves the file.
 
     Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger; the
     statement's epsilon is computed from the ledger. Nothing else is read from ``private/``.
@@ -109,10 +112,10 @@ def make_release(workdir: Workdir, ema_rate: float | None = None) -> Path:
         RunError: if checkpoint, ledger or config are damaged or do not belong together.
     """
     with workdir.lock():  # a run that is still training would go on after its release
-        return _make_release(workdir, ema_rate)
+        return _make_release(workdir, ema_rate, half=half)
 
 
-def _make_release(workdir: Workdir, ema_rate: float | None) -> Path:
+def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Path:
     if workdir.release.exists():
         forget_keys(workdir)  # a release that was killed right after its renaming may have left them
         raise InputError(f"Expected no release in {workdir.root}, got one: a run is released once.")
@@ -138,15 +141,15 @@ def _make_release(workdir: Workdir, ema_rate: float | None) -> Path:
     average = state.average(ema_rate) if ema_rate in kept else state.ema
     rate = ema_rate if ema_rate is not None else config.model.ema_rate
     config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
-    weights = {name: tensor.contiguous() for name, tensor in average.items()}
-    statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"])
-    _write(workdir, weights, redacted(config), statement, model_card(statement, config))
+    weights = to_half(average) if half else {name: tensor.contiguous() for name, tensor in average.items()}
+    statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"], half=half)
+    write_release(workdir, weights, redacted(config), statement, model_card(statement, config))
     forget_keys(workdir)
     return workdir.release
 
 
-def convert(file: Path, config: Config, workdir: Workdir) -> Path:
-    """Writes ``release/`` from a checkpoint of the original; returns the folder.
+def convert(file: Path, config: Config, workdir: Workdir, *, half: bool = False) -> Path:
+    """Writes ``release/`` from a checkpoint of the original, rounded to float16 with ``half``; returns the folder.
 
     Guarantee: none. The statement has no epsilon and no mechanism, so that it cannot pass for a private model's:
     ``verify`` fails on it, reports and totals refuse it.
@@ -156,18 +159,26 @@ def convert(file: Path, config: Config, workdir: Workdir) -> Path:
     """
     if not file.is_file():
         raise InputError(f"Expected a checkpoint of the original at {file}, found none: check --from.")
-    for path in (workdir.release, workdir.ledger, workdir.checkpoint):
-        if path.exists():
-            raise InputError(f"Expected no run and no release in {workdir.root}, got one: choose another --workdir.")
+    check_unused(workdir)
     network = reference_checkpoint.load_denoiser(file, config).network
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    weights = to_half(weights) if half else weights
     sections = {name: section for name, section in redacted(config).items() if name in CONVERTED_SECTIONS}
     statement = claim_statement(config, _sha256(file))
-    _write(workdir, weights, sections, statement, claim_card(statement, config))
+    if half:
+        statement["rounding"] = ROUNDING
+    write_release(workdir, weights, sections, statement, claim_card(statement, config))
     return workdir.release
 
 
-def _write(
+def check_unused(workdir: Workdir) -> None:
+    """Raises InputError if there is a run or a release in the folder."""
+    for path in (workdir.release, workdir.ledger, workdir.checkpoint):
+        if path.exists():
+            raise InputError(f"Expected no run and no release in {workdir.root}, got one: choose another --workdir.")
+
+
+def write_release(
     workdir: Workdir, weights: dict[str, Tensor], config: dict[str, Any], statement: dict[str, Any], card: str
 ) -> None:
     """Writes the release folder, which appears as a whole or not at all."""
@@ -193,8 +204,13 @@ def forget_keys(workdir: Workdir) -> None:
         key.unlink(missing_ok=True)
 
 
-def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, Any]) -> dict[str, Any]:
-    """Returns the privacy statement, all but its ``files``, from what was done; ``plan`` is the ledger's."""
+def make_statement(
+    config: Config, mechanisms: list[Mechanism], plan: dict[str, Any], *, half: bool = False
+) -> dict[str, Any]:
+    """Returns the privacy statement, all but its ``files``, from what was done; ``plan`` is the ledger's.
+
+    ``half`` says that the weights were rounded to float16.
+    """
     dp, data, words = config.dp, config.data, WORDS[config.data.unit]
     # Above 0, where the formula for groups would divide by 0; a larger epsilon is a weaker and so a true statement.
     epsilon = max(accounting.epsilon_spent(mechanisms, dp.delta), 1e-6)
@@ -239,6 +255,8 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
         if len(warmup) > 1:
             statement["warmup"] += f"; {words.covariances}"
+    if half:
+        statement["rounding"] = ROUNDING
     return statement
 
 
@@ -307,13 +325,14 @@ def load_denoiser(path: str | Path, config: Config | str | Path | None = None) -
     """Returns the denoiser of a release or of a checkpoint of the original, in evaluation mode, on the CPU.
 
     Args:
-        path: a release folder, or its ``model.safetensors``, or the original's file.
+        path: a release folder, or its ``model.safetensors``, or the original's file; or, where there is no such path,
+            the name of a pretrained release (see ``pretrained.names``).
         config: loaded, or the path of its file; replaces a release's own, is needed for a checkpoint of the original.
 
     Raises:
         InputError: if there is no such model, or weights and config do not fit each other.
     """
-    path = Path(path)
+    path = pretrained.resolve(Path(path))
     if config is not None and not isinstance(config, Config):
         config = configs.load([config])
     weights = path / "model.safetensors" if path.is_dir() else path
@@ -357,7 +376,8 @@ def _check_shapes(weights: Path, config: Config) -> None:
 
 
 def own_config(path: Path) -> Path | None:
-    """Returns the config file of the release at ``path`` (a folder or its weights file); None if it is no release."""
+    """Returns the config file of the release at ``path`` (as ``load_denoiser`` takes it); None if it is no release."""
+    path = pretrained.resolve(path)
     if path.is_file() and reference_checkpoint.is_original(path):
         return None
     file = (path if path.is_dir() else path.parent) / "config.json"
@@ -391,7 +411,7 @@ them, are ({round_up(statement["epsilon"])}, {statement["delta"]:g})-differentia
 adding or removing {statement["unit"]}{label}, under the assumptions in `privacy.json`.
 
 {mechanisms}
-
+{_rounding_note(statement)}
 What is assumed and what is not covered stands in `privacy.json`. Check it by `dpdm verify .`; draw images by
 `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
 """
@@ -411,9 +431,13 @@ A model of {data.resolution} x {data.resolution} images with {data.num_channels}
 **No privacy guarantee of this model can be verified.** The checkpoint records neither how it was trained nor what was
 spent. {said}
 Nothing in the checkpoint could support or refute a claim, and `dpdm verify .` says so.
-
+{_rounding_note(statement)}
 Draw images by `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
 """
+
+
+def _rounding_note(statement: Mapping[str, Any]) -> str:
+    return "\nThe weights are rounded to float16 and are computed with as float32.\n" if "rounding" in statement else ""
 
 
 def _sha256(path: Path) -> str:

@@ -16,10 +16,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.pixels_only import Form, check_jpeg, check_png, scan_archive, scan_samples
+from dpdm.errors import RunError
 from dpdm.untrusted import clean, open_regular, parse_json, read_bytes
 
 MAX_WORDS_BYTES = 2**20  # of config.json, privacy.json, README.md
@@ -29,7 +31,7 @@ MAX_TENSORS = 10_000
 TENSORS_PER_BLOCK = 8  # at least, of a residual block
 MAX_PAGE_BYTES = 16 * 2**20
 BYTES_PER_READ = 2**24
-FLOAT_BYTES = 4
+FLOAT32, FLOAT16 = ("F32", "<f4"), ("F16", "<f2")  # in safetensors' words and numpy's
 PATH = re.compile(r"""(?:^|[\s"'`(=:,])((?:/|~/|file://|[A-Za-z]:\\|\\\\)[^\s"'`/\\]+[/\\][^\s"'`)]*)""")
 HEX = re.compile(r"(?<![0-9A-Za-z])[0-9a-fA-F]{32,}(?![0-9A-Za-z])")
 PICTURE = re.compile(r"data:image/(png|jpeg);base64,([A-Za-z0-9+/=]*)")
@@ -98,8 +100,23 @@ def network_shapes(config: Config, num_tensors: int) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
 
 
-def check_weights(path: Path, config: Config) -> list[str]:
-    """Returns what is wrong with ``model.safetensors``: it must hold the config's network, as float32, and no more.
+def to_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weights rounded to float16, each to the nearest that there is.
+
+    Raises:
+        RunError: if one is beyond float16's largest number, 65,504.
+    """
+    rounded = {name: tensor.half().contiguous() for name, tensor in weights.items()}
+    for name, tensor in rounded.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"Expected weights up to 65,504 to be rounded to float16, got more in {name}: omit --half.")
+    return rounded
+
+
+def check_weights(path: Path, config: Config, *, half: bool = False) -> list[str]:
+    """Returns what is wrong with ``model.safetensors``: it must hold the config's network and no more.
+
+    As float32, or with ``half`` as float16, as the statement says.
 
     Checked are names, shapes and types, that the tensors fill the file without a gap, that the header has no metadata
     and no room for any, and that all numbers are finite. What they encode beyond a model cannot be seen.
@@ -108,12 +125,13 @@ def check_weights(path: Path, config: Config) -> list[str]:
         with open_regular(path, MAX_WEIGHTS_BYTES) as file:
             header, start = _read_header(file)
             shapes = network_shapes(config, len(header))
-            end = _check_header(header, shapes)
+            number, form = FLOAT16 if half else FLOAT32
+            end = _check_header(header, shapes, number, np.dtype(form).itemsize)
             if file.seek(0, 2) != start + end:
                 raise ValueError("has bytes behind its tensors, or too few")
             file.seek(start)
             while content := file.read(BYTES_PER_READ):
-                if not np.isfinite(np.frombuffer(content, "<f4")).all():
+                if not np.isfinite(np.frombuffer(content, form)).all():
                     raise ValueError("holds a number that is not finite")
     except ValueError as error:
         return [f"{path.name} {clean(error)}"]
@@ -159,8 +177,11 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _check_header(header: dict[str, Any], shapes: Shapes) -> int:
-    """Returns how many bytes the tensors take; ValueError unless they are those of ``shapes``, one behind the other."""
+def _check_header(header: dict[str, Any], shapes: Shapes, number: str, num_bytes: int) -> int:
+    """Returns how many bytes the tensors take; ValueError unless they are those of ``shapes``, one behind the other.
+
+    ``number`` is the type that all have, ``num_bytes`` what one number takes.
+    """
     if "__metadata__" in header:
         raise ValueError("holds metadata")
     missing, unknown = sorted(shapes.keys() - header.keys()), sorted(header.keys() - shapes.keys())
@@ -169,12 +190,13 @@ def _check_header(header: dict[str, Any], shapes: Shapes) -> int:
         raise ValueError(f"{what}, by config.json ({len(missing)} tensors missing, {len(unknown)} too many)")
     spans = []
     for name, shape in shapes.items():
-        entry, size = header[name], FLOAT_BYTES * math.prod(shape)
+        entry, size = header[name], num_bytes * math.prod(shape)
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"says odd things of {name}")
-        if entry["dtype"] != "F32" or entry["shape"] != list(shape):
+        if entry["dtype"] != number or entry["shape"] != list(shape):
             found = clean(f"{entry['dtype']} {entry['shape']}", 60)
-            raise ValueError(f"holds {name} as {found}, by config.json it is F32 {list(shape)}")
+            said = "config.json" if entry["shape"] != list(shape) else "privacy.json"
+            raise ValueError(f"holds {name} as {found}, by {said} it is {number} {list(shape)}")
         offsets = entry["data_offsets"]
         if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
             raise ValueError(f"says odd things of {name}")

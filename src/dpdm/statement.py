@@ -99,7 +99,7 @@ def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Co
         return found
     size = statement["dataset_size"]
     plan = {"dataset_size": size, "num_iterations": planned_steps(config, size)}
-    expected = make_statement(config, mechanisms, plan)  # at the config's delta
+    expected = make_statement(config, mechanisms, plan, half="rounding" in statement)  # at the config's delta
     first = expected["epsilon"] if delta == config.dp.delta else accounting.epsilon_spent(mechanisms, delta)
     found.epsilons = (first, second)
     if first > stated * (1 + FIRST_TOLERANCE):

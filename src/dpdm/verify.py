@@ -91,7 +91,7 @@ def verify(release: Path, images: Path | None = None) -> Findings:
         raise RunError(f"Expected a privacy statement in {path}, could not read it: {clean(error)}.") from None
     found = Findings(content, problems=problems)
     found.problems += _check_files(release, content["files"])
-    config, problems = _read_config(release / "config.json", converted=not mechanisms)
+    config, problems = _read_config(release / "config.json", content, found.notices)
     found.problems += problems
     if not mechanisms:
         found.problems.append(statement.no_guarantee(content))
@@ -99,9 +99,10 @@ def verify(release: Path, images: Path | None = None) -> Findings:
         return found
     if mechanisms:
         recomputed = statement.recompute(content, mechanisms, config)
-        found.epsilons, found.notices = recomputed.epsilons, recomputed.notices
+        found.epsilons = recomputed.epsilons
+        found.notices += recomputed.notices
         found.problems += recomputed.problems
-    found.problems += check_weights(release / "model.safetensors", config)
+    found.problems += check_weights(release / "model.safetensors", config, half="rounding" in content)
     found.problems += _check_words(release, content, config)
     _check_images(release, images, config, found)
     return found
@@ -180,8 +181,11 @@ def _check_files(release: Path, hashes: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _read_config(path: Path, *, converted: bool) -> tuple[Config | None, list[str]]:
-    """Returns the released config, None if it cannot be used, and what is in it beside the keys that are shared."""
+def _read_config(path: Path, stated: dict[str, Any], notices: list[str]) -> tuple[Config | None, list[str]]:
+    """Returns the released config, None if it cannot be used, and what is in it beside the keys that are shared.
+
+    Another version of dpdm may have had fewer keys; what the absent ones mean goes to ``notices``.
+    """
     try:
         content, problems = read_json(path)
         if "${" in json.dumps(content):  # OmegaConf takes it for a reference, to the environment even
@@ -190,8 +194,13 @@ def _read_config(path: Path, *, converted: bool) -> tuple[Config | None, list[st
     except (ValueError, RecursionError) as error:
         return None, [f"config.json cannot be used: {clean(error)}"]
     shared = redacted(config)
-    if converted:
+    if not stated["mechanisms"]:
         shared = {name: shared[name] for name in CONVERTED_SECTIONS}
+    if statement.writer(stated) != version("dpdm"):
+        absent = sorted(_keys(shared) - _keys(content))
+        shared = _those_of(shared, content)
+        if absent:
+            notices.append(f"Keys that config.json lacks have their defaults: {clean(', '.join(absent))}.")
     if content != shared:
         keys = sorted(_keys(content) ^ _keys(shared)) or ["a value that is not read as it is written"]
         problems.append(f"config.json is not that of a release: {clean(', '.join(keys[:5]))}")
@@ -202,6 +211,17 @@ def _keys(value: Any, prefix: str = "") -> set[str]:
     if not isinstance(value, dict):
         return {prefix}
     return {key for name, item in value.items() for key in _keys(item, f"{prefix}.{name}".lstrip("."))}
+
+
+def _those_of(values: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``values`` without the keys that ``content`` does not have."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(content.get(name), dict):
+            found[name] = _those_of(value, content[name])
+        elif name in content:
+            found[name] = value
+    return found
 
 
 def _check_words(release: Path, content: dict[str, Any], config: Config) -> list[str]:

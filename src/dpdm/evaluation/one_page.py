@@ -14,7 +14,12 @@ MEANING = {
     "central images": "Central images (a noisy average of each class)",
     "central covariances": "Central covariances (noisy measures of how each class's images differ)",
 }
-RESTS_ON = {"threat_model": "Who attacks", "randomness": "Randomness", "floating_point": "Rounding"}
+RESTS_ON = {
+    "threat_model": "Who attacks",
+    "randomness": "Randomness",
+    "floating_point": "Rounding",
+    "rounding": "Weights",
+}
 NOT_COVERED = {
     "composition_scope": "Scope",
     "hyperparameters": "How the settings were chosen",
