@@ -27,7 +27,7 @@ class TrainState:
     Attributes:
         parameters: raw network weights, by name; updated in place.
         ema: their moving average.
-        exp_avg, exp_avg_sq: Adam's moments.
+        exp_avg, exp_avg_sq: Adam's moments, of the parameters that are trained.
         step: weight updates of DP-SGD so far.
         warmup: the average's weights after the warm-up; empty without one.
         curves: per-step private figures, each (step,) float64.
@@ -114,7 +114,8 @@ def check_accounted(state: TrainState, facts: dict[str, Any], ledger: Ledger) ->
             f"Expected ledger {ledger.path} to hold the line that the checkpoint was saved after, found none: one "
             "of the two is another run's or damaged; start a new run."
         )
-    if ledger.spent("DP-SGD") < state.step or (state.warmup and not ledger.spent("central images")):
+    unpaid = ledger.header["plan"]["noise_multiplier"] == 0  # a run without privacy, on public images, buys nothing
+    if (ledger.spent("DP-SGD") < state.step and not unpaid) or (state.warmup and not ledger.spent("central images")):
         raise RunError(
             f"Expected ledger {ledger.path} to name everything in the checkpoint ({state.step} steps of DP-SGD), got "
             f"{ledger.spent('DP-SGD')}: it is damaged and what was spent is unknown; start a new run."

@@ -1,13 +1,14 @@
 """What leaves the house: weights, redacted config, statement and model card, by an allow-list.
 
 ``release/`` holds these files and no others: ``model.safetensors``, ``config.json``, ``privacy.json``, ``README.md``.
-A converted checkpoint of the original gets the same four, and a statement that gives no guarantee.
+A converted checkpoint of the original gets the same four, and a statement that gives no guarantee; so does a public
+model, trained without privacy on public images.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +21,13 @@ from torch import Tensor
 from dpdm import checkpoint, reference_checkpoint
 from dpdm import config as configs
 from dpdm.config import Config
+from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.guarantee import UNITS, round_up
 from dpdm.files import fsync, write_json, write_text
+from dpdm.initial import Source, read_sources, sentences
+from dpdm.plan import check_public
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
@@ -32,7 +36,7 @@ from dpdm.workdir import Workdir
 
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
 SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
-REDACTED = ("data.path", "model.ckpt", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
+REDACTED = ("data.path", "model.ckpt", "model.init", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
 CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
 SECURE_NOISE = (
     "noise is added in integers on a public grid and sampled exactly, so that no gap between floats is left to attack "
@@ -91,8 +95,10 @@ WORDS = {
 def make_release(workdir: Workdir) -> Path:
     """Writes ``release/`` from a run's checkpoint and ledger, then deletes the run's keys; returns the folder.
 
-    Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger; the
-    statement's epsilon is computed from the ledger. Nothing else is read from ``private/``.
+    Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger and
+    of the weights that the statement names as their beginning; the statement's epsilon is computed from the ledger.
+    Nothing else is read from ``private/``. What was trained without privacy is released if its images were declared
+    public, under a statement that gives no guarantee.
 
     Raises:
         InputError: if there is no run, it is released already, or ``dp.seed`` makes its noise public.
@@ -121,9 +127,16 @@ def _make_release(workdir: Workdir) -> Path:
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
             "the change."
         )
-    weights = {name: tensor.contiguous() for name, tensor in state.ema.items()}
-    statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"])
-    _write(workdir, weights, redacted(config), statement, model_card(statement, config))
+    weights = {name: tensor.contiguous() for name, tensor in merged(state.ema).items()}
+    plan, sources = ledger.header["plan"], read_sources(ledger.header["initial_weights"])
+    if config.dp.enabled:
+        statement = make_statement(config, ledger.mechanisms(), plan, sources)
+        card = model_card(statement, config)
+    else:
+        check_public(config)
+        statement = public_statement(config, plan["dataset_size"], sources)
+        card = public_card(statement, config)
+    _write(workdir, weights, redacted(config), statement, card)
     forget_keys(workdir)
     return workdir.release
 
@@ -176,8 +189,14 @@ def forget_keys(workdir: Workdir) -> None:
         key.unlink(missing_ok=True)
 
 
-def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, Any]) -> dict[str, Any]:
-    """Returns the privacy statement, all but its ``files``, from what was done; ``plan`` is the ledger's."""
+def make_statement(
+    config: Config, mechanisms: list[Mechanism], plan: dict[str, Any], sources: Sequence[Source] = ()
+) -> dict[str, Any]:
+    """Returns the privacy statement, all but its ``files``, from what was done; ``plan`` is the ledger's.
+
+    Guarantee: whoever's images are behind the weights with which training began, its ``sources``, is named: the
+    statement's epsilon is not theirs.
+    """
     dp, data, words = config.dp, config.data, WORDS[config.data.unit]
     # Above 0, where the formula for groups would divide by 0; a larger epsilon is a weaker and so a true statement.
     epsilon = max(accounting.epsilon_spent(mechanisms, dp.delta), 1e-6)
@@ -211,6 +230,7 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
         "assumptions": [*words.assumptions, *_assumptions(mechanisms, plan["num_iterations"])],
         "not_covered": [
             *words.not_covered,
+            *sentences(sources, UNITS[data.unit]),
             "The choice of hyperparameters, and the choice of this run among several.",
             "Everything in the private report: curves, timings, and figures computed on real images.",
             "What an observer of the machine sees: time, memory, power; copies of the run's folder that are continued.",
@@ -220,6 +240,38 @@ def make_statement(config: Config, mechanisms: list[Mechanism], plan: dict[str, 
     }
     if config.train.warmup.enabled:
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
+    if sources:
+        statement["initial_weights"] = [source.as_dict() for source in sources]
+    return statement
+
+
+def public_statement(config: Config, num_images: int, sources: Sequence[Source] = ()) -> dict[str, Any]:
+    """Returns the statement of a public model, all but its ``files``.
+
+    Guarantee: none, and it cannot pass for a private model's: it has no epsilon and no mechanism, so that reports and
+    totals refuse it, and ``verify`` says what it is.
+    """
+    statement = {
+        "epsilon": None,
+        "delta": None,
+        "guarantee": "none: the weights were trained without differential privacy on images that are declared public, "
+        "for which no guarantee is needed or given",
+        "public_images": {"name": config.data.name, "number": num_images},
+        "unit": None,
+        "adjacency": None,
+        "accountant": None,
+        "dataset_size": None,
+        "clipping_norm": None,
+        "mechanisms": [],
+        "assumptions": ["The images are public, as whoever trained the model has declared (data.public=true)."],
+        "not_covered": [
+            "Everything about these images: the weights, and what is drawn from them, may show any of them as it is.",
+            *sentences(sources, None),
+        ],
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    if sources:
+        statement["initial_weights"] = [source.as_dict() for source in sources]
     return statement
 
 
@@ -364,18 +416,44 @@ def model_card(statement: dict[str, Any], config: Config) -> str:
         f"{m['noise_multiplier']:g}"
         for m in statement["mechanisms"]
     )
+    beginning = _beginning(statement)
     return f"""# {data.name or "Private images"}: a differentially private diffusion model
 
 A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, trained by dpdm
 {statement["versions"]["dpdm"]} on {images}. The weights, and every image drawn from
 them, are ({round_up(statement["epsilon"])}, {statement["delta"]:g})-differentially private with respect to
 adding or removing {statement["unit"]}{label}, under the assumptions in `privacy.json`.
-
+{beginning}
 {mechanisms}
 
 What is assumed and what is not covered stands in `privacy.json`. Check it by `dpdm verify .`; draw images by
 `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
 """
+
+
+def public_card(statement: Mapping[str, Any], config: Config) -> str:
+    data, images = config.data, statement["public_images"]
+    classes = f", {data.num_classes} classes" if data.num_classes else ""
+    return f"""# {images["name"]}: a public diffusion model, without privacy
+
+A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, trained by dpdm
+{statement["versions"]["dpdm"]} on {images["number"]} images that are declared public.
+
+**There is no privacy guarantee.** The model was trained without differential privacy: it may show any of these images
+as it is. `dpdm verify --public .` says so.
+{_beginning(statement)}
+Begin a private training with it by `dpdm train ... -- model.init=.`; draw images by
+`dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
+"""
+
+
+def _beginning(statement: Mapping[str, Any]) -> str:
+    """Returns the paragraph of a model card on the weights with which training began."""
+    kinds = [f"a {source['kind']} ({source['images'] or 'no name'})" for source in statement.get("initial_weights", [])]
+    if not kinds:
+        return ""
+    then = "".join(f", and that with {kind}" for kind in kinds[1:])
+    return f"\nTraining began with the weights of {kinds[0]}{then}; `privacy.json` says whom that leaves uncovered.\n"
 
 
 def claim_card(statement: Mapping[str, Any], config: Config) -> str:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -23,15 +23,17 @@ from dpdm import distributed
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config, OptimConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
+from dpdm.diffusion.adapters import merged, trained_parameters
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
 from dpdm.errors import RunError
+from dpdm.initial import Source, read_sources
 from dpdm.monitor import Monitor
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
 from dpdm.privacy.draws import record_draws
-from dpdm.privacy.poisson import poisson_sample
+from dpdm.privacy.poisson import physical_batches, poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
 from dpdm.untrusted import clean
@@ -46,8 +48,10 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
 
     Called by every process of a group (see ``distributed``), it shares each step out among them.
 
-    Guarantee: everything in the returned state but its curves is a function of mechanisms that are in the ledger. A
-    killed run that is resumed never buys more than the plan: replayed steps are the same release, others are charged.
+    Guarantee: everything in the returned state but its curves is a function of mechanisms that are in the ledger, and
+    of ``model.init``; unless ``dp.enabled=false``, of images that are declared public: then there is none.
+
+    A killed run that is resumed never buys more than the plan: replayed steps are the same release, others are charged.
 
     Raises:
         InputError: for a config that does not fit, an existing run without ``resume``, or the reverse.
@@ -59,7 +63,7 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
         run, books, state = open_run(config, workdir, resume=resume)
         if books:
             print(configs.to_yaml(run.config), file=sys.stderr)
-            print(announcement(run), file=sys.stderr, flush=True)
+            print(announcement(run, read_sources(books.ledger.header["initial_weights"])), file=sys.stderr, flush=True)
         monitor = Monitor(run.config, workdir, run.denoiser)  # first, as it looks for files that the config names
         if books and run.plan.warmup is not None and not state.warmup:
             state = _warm_up(run, books)
@@ -69,10 +73,12 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
             books.save(state)
         parameters = dict(run.denoiser.network.named_parameters())
         saved_at, saved_step = time.monotonic(), state.step
-        with Progress("DP-SGD", run.plan.num_iterations, start=state.step, unit="steps") as progress:
+        trained = trained_parameters(run.denoiser.network)
+        compute_step, title = (private_step, "DP-SGD") if run.plan.is_private else (public_step, "Training")
+        with Progress(title, run.plan.num_iterations, start=state.step, unit="steps") as progress:
             while keys := _next_step(run, books, state, interrupted):
-                step = private_step(run, parameters, keys)
-                for parameter, gradient in zip(parameters.values(), step.gradients, strict=True):
+                step = compute_step(run, trained, keys)
+                for parameter, gradient in zip(trained.values(), step.gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.param_groups[0]["lr"] = learning_rate(run.config.optim, state.step, run.plan.num_iterations)
                 optimizer.step()
@@ -149,6 +155,41 @@ def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> 
     )
 
 
+@dataclass(frozen=True)
+class PublicGradient:
+    """What one step without privacy computes: the mean gradient, one tensor per parameter, and the mean loss."""
+
+    gradients: list[Tensor]
+    batch_size: int
+    mean_loss: float
+
+
+def public_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> PublicGradient:
+    """Returns the ordinary gradient of a batch of *public* images, without clipping and noise.
+
+    The batch is a random one of exactly the expected size. Several processes share it out, as in a private step.
+
+    Guarantee: none.
+    """
+    if run.plan.is_private or not run.config.data.public:
+        raise ValueError("Expected a run without privacy on public images, got another.")
+    size = run.plan.expected_batch_size
+    batch = np.argsort(noise.random_words(keys.batch, run.plan.dataset_size), kind="stable")[:size]
+    own = distributed.share(size)
+    sums = [torch.zeros_like(parameter) for parameter in parameters.values()]
+    total = torch.zeros((), device=run.device)
+    for piece in physical_batches(batch[own.start : own.stop], run.physical_batch_size):
+        with torch.enable_grad(), run.autocast():
+            losses = example_losses(run.denoiser, run.archive, piece, run.config.loss, key=keys.diffusion)
+        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        for before, gradient in zip(sums, gradients, strict=True):
+            if gradient is not None:
+                before += gradient
+        total += losses.detach().sum()
+    distributed.sum_over_processes([*sums, total])
+    return PublicGradient([gradient / size for gradient in sums], size, float(total) / size)
+
+
 def example_losses(
     denoiser: Denoiser, archive: ImageArchive, records: np.ndarray, config: LossConfig, *, key: bytes
 ) -> Tensor:
@@ -186,9 +227,11 @@ def learning_rate(config: OptimConfig, step: int, num_iterations: int) -> float:
     return config.learning_rate * (1.0 if config.schedule == "constant" else min(1.0, 2 * (1 - share)))
 
 
-def announcement(run: Run) -> str:
-    """Returns what will be spent, before anything is."""
+def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
+    """Returns what will be spent, before anything is, and where the first weights are from."""
     plan = run.plan
+    if not plan.is_private:
+        return "\n".join([_public_announcement(run), *_beginnings(run, sources)])
     lines = [
         f"Privacy: at most epsilon={plan.epsilon:.4g} at delta={plan.delta:g}, adding or removing one of "
         f"{plan.dataset_size} {plan.unit}s.",
@@ -204,12 +247,34 @@ def announcement(run: Run) -> str:
             "  Warning: data.unit=image, though the images have groups: k images of one person are protected only as k "
             "images together (group_privacy in the statement); data.unit=group protects persons."
         )
+    lines += _beginnings(run, sources)
     warning = accounting.check_delta_for(plan.delta, plan.dataset_size, plan.unit)
     if warning:
         lines.append(f"  Warning: {warning}")
     if run.config.dp.seed is not None:
         lines.append("  NO GUARANTEE: dp.seed is set, so anybody can compute the noise. For tests alone.")
     return "\n".join(lines)
+
+
+def _public_announcement(run: Run) -> str:
+    plan = run.plan
+    return (
+        f"NO PRIVACY: {plan.num_iterations} ordinary steps on {plan.dataset_size} images that are declared public "
+        f"(data.public): {clean(run.config.data.name)}. The release gives no guarantee for them."
+    )
+
+
+def _beginnings(run: Run, sources: Sequence[Source]) -> list[str]:
+    """Returns lines on the first weights, and on how many of all are trained."""
+    lines = []
+    if sources:
+        fresh = f", all but {', '.join(sources[0].fresh)}" if sources[0].fresh else ""
+        lines.append(f"  Weights begin with those of a {sources[0].kind}{fresh} (sha256 {sources[0].sha256[:12]}...).")
+    trained = sum(p.numel() for p in trained_parameters(run.denoiser.network).values())
+    total = sum(p.numel() for p in run.denoiser.network.parameters())
+    if trained < total:
+        lines.append(f"  Trained are {trained} of {total} numbers; the others stay as they are.")
+    return lines
 
 
 def _warm_up(run: Run, books: Books) -> TrainState:
@@ -227,14 +292,14 @@ def _warm_up(run: Run, books: Books) -> TrainState:
     )
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser)
-    state.warmup = {name: tensor.clone() for name, tensor in ema.items()}
+    state.warmup = {name: tensor.clone() for name, tensor in merged(ema).items()}
     return state
 
 
 def _optimizer(run: Run, state: TrainState) -> torch.optim.Adam:
-    """Returns Adam on the network's parameters with its moments in ``state``."""
+    """Returns Adam on the parameters that are trained, with its moments in ``state``."""
     optim = run.config.optim
-    named = dict(run.denoiser.network.named_parameters())
+    named = trained_parameters(run.denoiser.network)
     optimizer = torch.optim.Adam(named.values(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
     for name, parameter in named.items():
         optimizer.state[parameter] = {
@@ -245,8 +310,10 @@ def _optimizer(run: Run, state: TrainState) -> torch.optim.Adam:
     return optimizer
 
 
-def _record(state: TrainState, step: PrivateGradient) -> None:
-    values = {"loss": step.mean_loss, "clip_fraction": step.clip_fraction, "batch_size": step.batch_size}
+def _record(state: TrainState, step: PrivateGradient | PublicGradient) -> None:
+    values = {"loss": step.mean_loss, "batch_size": step.batch_size}
+    if isinstance(step, PrivateGradient):
+        values["clip_fraction"] = step.clip_fraction
     for name, value in values.items():
         state.curves.setdefault(name, []).append(float(value))
 
