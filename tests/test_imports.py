@@ -22,7 +22,7 @@ LAYERS = (
     ("train", "release"),
     ("monitor", "released_files"),
     ("generate", "run", "fidelity"),
-    ("checkpoint", "reference_checkpoint", "warmup", "plan"),
+    ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial"),
     ("account", "config", "launch", "recipes"),
     ROOMS,
     (

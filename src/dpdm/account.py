@@ -22,6 +22,10 @@ LARGEST_STEPS = 10**6
 LARGEST_DATASET = 10**10
 MAX_STATEMENT_BYTES = 2**20
 MAX_MECHANISMS = 100  # in one total; a run has two at most
+PUBLIC = (
+    "Expected runs on private images, got {file} of a public model: it spends nothing of theirs and protects nobody on "
+    "the public ones; leave it out."
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     """Returns the total of several ledgers (.jsonl) and statements (privacy.json), at the largest of their deltas.
 
     Raises:
-        InputError: naming the file that is neither, or if some protect images and others persons: the epsilon of one
-            is none of the other.
+        InputError: naming the file that is neither, or a public model's; or if some protect images and others persons:
+            the epsilon of one is none of the other.
         RunError: if a ledger is damaged.
     """
     mechanisms: list[Mechanism] = []
@@ -109,16 +113,22 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
         try:
             if file.suffix == ".jsonl":
                 ledger = Ledger(file)
+                if ledger.header["plan"]["noise_multiplier"] == 0:
+                    raise InputError(PUBLIC.format(file=file))
                 mechanisms += ledger.mechanisms()
                 deltas.append(float(ledger.header["plan"]["delta"]))
                 persons.add(ledger.header["plan"].get("unit", "image") == "group")
             else:
                 statement = parse_json(read_bytes(file.resolve(), MAX_STATEMENT_BYTES))
+                if not statement["mechanisms"] and "public_images" in statement:
+                    raise InputError(PUBLIC.format(file=file))
                 if not statement["mechanisms"]:  # of converted weights
                     raise ValueError("one without mechanisms: what its weights give away is unknown")
                 mechanisms += [Mechanism(**m) for m in statement["mechanisms"]]
                 deltas.append(float(statement["delta"]))
                 persons.add(statement["unit"] == UNITS["group"])
+        except InputError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"Expected a ledger (.jsonl) or a privacy.json in {file}, got {error!r}.") from None
     if len(persons) > 1:

@@ -74,6 +74,7 @@ class StepClaim:
         if dataset_size < 1:
             raise InputError(f"Expected --dataset-size >= 1, got {dataset_size}.")
         dp = config.dp
+        _check_private(config)
         return cls(make_plan(config, dataset_size).step(), dp.delta, dp.clipping_norm, dp.secure_noise)
 
     @property
@@ -316,7 +317,8 @@ def audit_run(
     one of which the user says so. Nothing is kept.
 
     Args:
-        config: of the run. Central images are left out; the noise is then what the config gives with them.
+        config: of the run. Central images are left out; the noise is then what the config gives with them. So are
+            ``model.init``, frozen weights and adapters: everything is trained.
         num_canaries: m >= 10, and at most the entries of the network's largest matrix.
         confidence: in (0.5, 1).
         data_is_public: whether the user says that the images at ``data.path`` are public.
@@ -339,6 +341,7 @@ def audit_run(
             f"Expected data.path, got none, and images of the digits have data.resolution={SIDE}, not "
             f"{config.data.resolution}: give the config's public images."
         )
+    _check_private(config)
     check_keys(config)
     with tempfile.TemporaryDirectory() as folder:
         run = _run_with_canaries(config, source, Path(folder), num_canaries)
@@ -348,6 +351,11 @@ def audit_run(
         raise RunError("Expected finite gradients from every step, got others: the run is broken.")
     bound = one_run_bound(scores, coins, delta=run.plan.delta, confidence=confidence)
     return RunAudit(run.plan.epsilon, run.plan.delta, confidence, num_canaries, run.plan, bound)
+
+
+def _check_private(config: Config) -> None:
+    if not config.dp.enabled:
+        raise InputError("Expected dp.enabled=true for an audit, got false: without privacy there is no claim to test.")
 
 
 def _run_with_canaries(config: Config, source: str, folder: Path, num_canaries: int) -> Run:

@@ -30,7 +30,7 @@ class TrainState:
         parameters: raw network weights, by name; updated in place.
         ema: their moving average.
         averages: further moving averages, by rate and name ("0.99/...").
-        exp_avg, exp_avg_sq: Adam's moments.
+        exp_avg, exp_avg_sq: Adam's moments, of the parameters that are trained.
         step: weight updates of DP-SGD so far.
         warmup: the average's weights after the warm-up; empty without one.
         curves: per-step private figures, each (step,) float64.
@@ -133,7 +133,8 @@ def check_accounted(state: TrainState, facts: dict[str, Any], ledger: Ledger) ->
             "of the two is another run's or damaged; start a new run."
         )
     bought = [m["name"] for m in ledger.header["plan"]["warmup"]] if state.warmup else []
-    if ledger.spent("DP-SGD") < state.step or not all(map(ledger.spent, bought)):
+    unpaid = ledger.header["plan"]["noise_multiplier"] == 0  # a run without privacy, on public images, buys nothing
+    if (ledger.spent("DP-SGD") < state.step and not unpaid) or not all(map(ledger.spent, bought)):
         raise RunError(
             f"Expected ledger {ledger.path} to name everything in the checkpoint ({state.step} steps of DP-SGD), got "
             f"{ledger.spent('DP-SGD')}: it is damaged and what was spent is unknown; start a new run."

@@ -302,7 +302,9 @@ def release(
         if files or overrides:
             raise InputError("Expected no --config and no keys without --from: a run is released by its own config.")
         folder = make_release(Workdir(workdir), ema, half=half)
-        print(f"{folder} may be shared. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
+        public = not configs.load([Workdir(workdir).config], quiet=True).dp.enabled
+        what = "holds a public model, without any guarantee" if public else "may be shared"
+        print(f"{folder} {what}. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
         return
     if ema is not None:
         raise InputError(f"Expected no --ema with --from, got {ema}: only a run keeps several averages.")
@@ -568,12 +570,18 @@ def _report(found: "StepAudit | RunAudit", as_json: bool) -> None:
 @pretrained_option
 @click.option("--images", type=PATH, metavar="PATH", help="Synthetic images elsewhere than beside RELEASE.")
 @click.option("--against", type=PATH, metavar="ARCHIVE", help="Training images: look for copies of them; private.")
-def verify(release: Path | None, pretrained: str | None, images: Path | None, against: Path | None) -> None:
+@click.option("--public", is_flag=True, help="Expect a public model, without any guarantee.")
+def verify(
+    release: Path | None, pretrained: str | None, images: Path | None, against: Path | None, public: bool
+) -> None:
     """Check a release against its own statement and print the statement on one page.
 
     Two accountants recompute epsilon; every file, the synthetic images beside RELEASE included, must hold what a
     release holds and nothing else. It cannot prove how training was done. With --against the synthetic images are also
     compared with the training images; what that finds goes to standard error and is private.
+
+    A public model has no guarantee: its page says so, and the exit status is 1 unless --public says that this is what
+    you expect, so that nobody takes it for a private one.
     """
     from dpdm import pretrained as releases
     from dpdm import verify as checks
@@ -592,8 +600,13 @@ def verify(release: Path | None, pretrained: str | None, images: Path | None, ag
         print("\n".join(describe(copies)), file=sys.stderr)
     if found.problems:
         guaranteed = found.statement["mechanisms"]
-        what = "does not agree with its own statement" if guaranteed else "gives no verifiable guarantee"
+        agrees = not (guaranteed or found.is_public)
+        what = "gives no verifiable guarantee" if agrees else "does not agree with its own statement"
         raise RunError(f"{release} {what}.")
+    if found.is_public and not public:
+        raise RunError(f"{release} is a public model: there is no guarantee; add --public if you expect that.")
+    if public and not found.is_public:
+        raise RunError(f"{release} is a private release and no public model: leave out --public.")
     if copies is not None and copies.copies:
         raise RunError(f"{copies.copies} of the synthetic images are copies of training images: do not share them.")
 

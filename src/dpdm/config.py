@@ -25,6 +25,7 @@ from dpdm import reference
 from dpdm.data.archive import MAX_CLASSES, ImageArchive, Unit
 from dpdm.data.transforms import MAX_RESOLUTION
 from dpdm.device import total_memory
+from dpdm.diffusion.adapters import ALL, MAX_RANK
 from dpdm.diffusion.denoiser import Denoiser, DenoiserKind
 from dpdm.diffusion.loss import LossConfig
 from dpdm.diffusion.sampling import SamplerConfig
@@ -52,6 +53,7 @@ class DataConfig:
     Attributes:
         path: a prepared archive, or a source that ``dpdm prepare`` takes (it is then prepared into the workdir).
         name: what to call them in reports; public.
+        public: everybody may see the images at ``path``: they may be trained on without privacy.
         unit: what is protected, and so sampled and clipped as a whole: an image, or a group of images (a person's, say)
             as ``dpdm prepare --groups`` notes them.
         resolution, num_channels, num_classes: checked against the data where given; public facts. num_classes 0
@@ -61,6 +63,7 @@ class DataConfig:
 
     path: str | None = None
     name: str | None = None
+    public: bool = False
     unit: Unit = "image"
     resolution: int | None = None
     num_channels: int | None = None
@@ -90,6 +93,10 @@ class ModelConfig:
     ema_rate: of the weights' moving average, which is what is released.
     ema_rates: of further averages that are kept, so that ``dpdm release --ema`` may take one of them instead.
     ckpt: release folder, weights file or original checkpoint to sample from.
+    init: release folder, or its weights file, with whose weights training begins; see ``initial``.
+    init_sha256: of that weights file; filled in, so that no run goes on from others.
+    trainable: parts of names: a weight is trained if one of them occurs in its name, and frozen otherwise; [all]: all.
+    lora_rank: of the adapters that are trained beside frozen matrices (see ``adapters``); 0: none.
     use_ema: take the average from an original checkpoint, not the raw weights; a release holds the average alone.
     network: size of the network.
     """
@@ -98,6 +105,10 @@ class ModelConfig:
     ema_rate: float = 0.999
     ema_rates: tuple[float, ...] = ()
     ckpt: str | None = None
+    init: str | None = None
+    init_sha256: str | None = None
+    trainable: tuple[str, ...] = (ALL,)
+    lora_rank: int = 0
     use_ema: bool = True
     network: NetworkConfig = field(default_factory=NetworkConfig)
 
@@ -116,6 +127,21 @@ class ModelConfig:
             raise InputError(
                 f"Expected model.denoiser to be one of {list(get_args(DenoiserKind))}, got {self.denoiser!r}."
             )
+        object.__setattr__(self, "trainable", tuple(self.trainable))
+        if not all(self.trainable) or (ALL in self.trainable and len(self.trainable) > 1):
+            raise InputError(
+                f"Expected model.trainable to be [{ALL}], or parts of weights' names, got {list(self.trainable)}: see "
+                "docs/configuration.md."
+            )
+        if not 0 <= self.lora_rank <= MAX_RANK:
+            raise InputError(f"Expected model.lora_rank >= 0 and <= {MAX_RANK}, got {self.lora_rank}: 0 is off.")
+        if self.lora_rank and self.trainable == (ALL,):
+            raise InputError(
+                f"Expected model.lora_rank=0 with model.trainable=[{ALL}], got {self.lora_rank}: adapters stand beside "
+                "frozen weights; give model.trainable=[] for adapters alone, or what else is trained, as [norm,bias]."
+            )
+        if self.init_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.init_sha256):
+            raise InputError(f"Expected 64 hex digits for model.init_sha256, got {self.init_sha256!r}: leave it out.")
 
 
 @dataclass(frozen=True)
@@ -298,7 +324,7 @@ def check_whole(path: Path) -> None:
 def run_hash(config: Config) -> str:
     """Returns a hash of what may not change when a run goes on: not where data lie, how steps are cut and watched."""
     data = replace(config.data, path=None, name=None)
-    model = replace(config.model, ckpt=None, use_ema=True)
+    model = replace(config.model, ckpt=None, init=None, use_ema=True)
     watched = {"log_every", "log_threshold", "snapshot_every", "snapshot_threshold"}
     pieces = {"physical_batch_size", "n_splits", "checkpoint_every", "checkpoint_threshold"}
     train = {name: value for name, value in asdict(config.train).items() if name not in watched | pieces}

@@ -188,7 +188,7 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
         title=f"Private synthetic images: {config.data.name or 'your images'}",
         source=f"{config.data.name or 'images'}: {real.num_images} for training"
         + (f", of {real.num_groups} groups" if real.groups is not None else ""),
-        guarantee=Guarantee.from_statement(statement),
+        guarantee=Guarantee.from_statement(statement) if config.dp.enabled else None,
         real=real.read(sample),
         synthetic=synthetic.images[:REPORT_IMAGES],
         real_labels=real.labels[sample] if labels is not None and real.labels is not None else None,
@@ -204,6 +204,8 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
         timing=timing,
     )
     write_private_report(workdir.report, report)
+    if report.guarantee is None:  # of a public model: the page to be shared shows a guarantee
+        return
     shared = SharedReport(
         statement=statement,
         synthetic=synthetic.images[:REPORT_IMAGES],

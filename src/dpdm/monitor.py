@@ -45,8 +45,9 @@ class Monitor:
     def look(self, state: TrainState) -> None:
         """Shows what is due after the state's last step."""
         if self._logs(state.step) and distributed.is_main():
-            loss, clipped = (self._mean(state, name) for name in ("loss", "clip_fraction"))
-            text = f"Step {state.step} (private figures): loss {loss:.4g}, {100 * clipped:.0f} % of gradients clipped"
+            text = f"Step {state.step} (private figures): loss {self._mean(state, 'loss'):.4g}"
+            if "clip_fraction" in state.curves:
+                text += f", {100 * self._mean(state, 'clip_fraction'):.0f} % of gradients clipped"
             print(text, file=sys.stderr, flush=True)
         if self._draws(state.step) and distributed.is_main():
             self._workdir.snapshots.mkdir(exist_ok=True)

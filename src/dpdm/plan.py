@@ -18,7 +18,7 @@ class Plan:
     Attributes:
         dataset_size: N, the number of images, or of groups.
         sampling_rate, num_iterations, noise_multiplier: of DP-SGD.
-        epsilon: of everything in the plan, at ``delta``.
+        epsilon: of everything in the plan, at ``delta``. Without privacy it is infinite, and there is no noise.
         warmup: the mechanisms of central images and covariances; none without a warm-up.
         unit: what one record is, "image" or "group".
     """
@@ -32,6 +32,10 @@ class Plan:
     delta: float
     warmup: tuple[accounting.Mechanism, ...]
     unit: str = "image"
+
+    @property
+    def is_private(self) -> bool:
+        return self.noise_multiplier > 0
 
     def step(self) -> accounting.Mechanism:
         return accounting.Mechanism("DP-SGD", self.sampling_rate, self.noise_multiplier, 1)
@@ -49,7 +53,8 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
     unit = config.data.unit
     if dataset_size > account.LARGEST_DATASET:
         raise InputError(f"Expected at most {account.LARGEST_DATASET} {unit}s, got {dataset_size}.")
-    accounting.check_delta_for(config.dp.delta, dataset_size, unit)
+    if config.dp.enabled:
+        accounting.check_delta_for(config.dp.delta, dataset_size, unit)
     batch = config.train.expected_batch_size
     rate = accounting.sampling_rate(batch, dataset_size, unit)
     if batch + 10 * math.sqrt(batch) > LARGEST_BATCH:
@@ -62,6 +67,8 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
     if steps is None:
         assert config.train.num_epochs is not None  # check_keys has looked
         steps = account.steps_of("train.num_epochs", config.train.num_epochs, dataset_size, batch)
+    if not config.dp.enabled:
+        return Plan(dataset_size, batch, rate, steps, 0.0, math.inf, config.dp.delta, (), unit)
     others = config.train.warmup.mechanisms()
     noise_multiplier = config.dp.noise_multiplier
     if noise_multiplier is None:
@@ -78,7 +85,10 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
 def check_keys(config: Config) -> None:
     """Raises InputError for what is wrong with the privacy keys whatever the data are, before these are read."""
     dp, train = config.dp, config.train
-    account.check_target(dp.epsilon, dp.noise_multiplier, "dp.epsilon", "dp.noise_multiplier")
+    if dp.enabled:
+        account.check_target(dp.epsilon, dp.noise_multiplier, "dp.epsilon", "dp.noise_multiplier")
+    else:
+        check_public(config)
     if train.num_iterations is None and train.num_epochs is None:
         raise InputError("Expected train.num_epochs or train.num_iterations, got neither: give one.")
     if train.num_iterations is not None:
@@ -86,3 +96,33 @@ def check_keys(config: Config) -> None:
     for mechanism in train.warmup.mechanisms():
         name = "noise_multiplier" if mechanism.name == "central images" else "covariance_noise_multiplier"
         account.check_noise_multiplier(mechanism.noise_multiplier, f"train.warmup.{name}")
+
+
+def check_public(config: Config) -> None:
+    """Raises InputError unless a run without privacy is one on images that are declared public, and wants no privacy.
+
+    Guarantee: weights that were trained without privacy come from images of which their owner said that they are
+    public; of others no such run begins, and none is released.
+    """
+    dp = config.dp
+    if not config.data.public:
+        raise InputError(
+            "Expected data.public=true with dp.enabled=false, got false: Weights trained without privacy on private "
+            "data cannot enter a release; say data.public=true if everybody may see these images."
+        )
+    if config.data.name is None:
+        raise InputError(
+            "Expected data.name with dp.enabled=false, got null: the statement names the images; give their name."
+        )
+    for name, value, wanted in (
+        ("dp.epsilon", dp.epsilon, None),
+        ("dp.noise_multiplier", dp.noise_multiplier, None),
+        ("data.unit", config.data.unit, "image"),
+        ("train.warmup.enabled", config.train.warmup.enabled, False),
+    ):
+        if value != wanted:
+            said = {None: "null", False: "false"}.get(wanted, wanted)
+            raise InputError(
+                f"Expected {name}={said} with dp.enabled=false, got {str(value).lower()}: without privacy there is no "
+                "noise, nothing is protected, and training reads the images themselves."
+            )

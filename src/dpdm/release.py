@@ -1,13 +1,14 @@
 """What leaves the house: weights, redacted config, statement and model card, by an allow-list.
 
 ``release/`` holds these files and no others: ``model.safetensors``, ``config.json``, ``privacy.json``, ``README.md``.
-A converted checkpoint of the original gets the same four, and a statement that gives no guarantee.
+A converted checkpoint of the original gets the same four, and a statement that gives no guarantee; so does a public
+model, trained without privacy on public images.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +21,13 @@ from torch import Tensor
 from dpdm import checkpoint, pretrained, reference_checkpoint
 from dpdm import config as configs
 from dpdm.config import Config
+from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.guarantee import UNITS, round_up
 from dpdm.files import fsync, write_json, write_text
+from dpdm.initial import Source, read_sources, sentences
+from dpdm.plan import check_public
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
@@ -32,7 +36,7 @@ from dpdm.workdir import Workdir
 
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
 SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
-REDACTED = ("data.path", "model.ckpt", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
+REDACTED = ("data.path", "model.ckpt", "model.init", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
 CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
 SECURE_NOISE = (
     "noise is added in integers on a public grid and sampled exactly, so that no gap between floats is left to attack "
@@ -103,8 +107,10 @@ def make_release(workdir: Workdir, ema_rate: float | None = None, *, half: bool 
 
     With ``half`` the weights are rounded to float16, which halves the file.
 
-    Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger; the
-    statement's epsilon is computed from the ledger. Nothing else is read from ``private/``.
+    Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger and
+    of the weights that the statement names as their beginning; the statement's epsilon is computed from the ledger.
+    Nothing else is read from ``private/``. What was trained without privacy is released if its images were declared
+    public, under a statement that gives no guarantee.
 
     Raises:
         InputError: if there is no run, it is released already, ``dp.seed`` makes its noise public, or no average of
@@ -138,12 +144,19 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
     if ema_rate not in (None, config.model.ema_rate, *kept):
         rates = [config.model.ema_rate, *kept]
         raise InputError(f"Expected --ema to be one of {rates}, which the run kept, got {ema_rate}: name another.")
-    average = state.average(ema_rate) if ema_rate in kept else state.ema
+    average = merged(state.average(ema_rate) if ema_rate in kept else state.ema)
     rate = ema_rate if ema_rate is not None else config.model.ema_rate
     config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
     weights = to_half(average) if half else {name: tensor.contiguous() for name, tensor in average.items()}
-    statement = make_statement(config, ledger.mechanisms(), ledger.header["plan"], half=half)
-    write_release(workdir, weights, redacted(config), statement, model_card(statement, config))
+    plan, sources = ledger.header["plan"], read_sources(ledger.header["initial_weights"])
+    if config.dp.enabled:
+        statement = make_statement(config, ledger.mechanisms(), plan, sources, half=half)
+        card = model_card(statement, config)
+    else:
+        check_public(config)
+        statement = public_statement(config, plan["dataset_size"], sources, half=half)
+        card = public_card(statement, config)
+    write_release(workdir, weights, redacted(config), statement, card)
     forget_keys(workdir)
     return workdir.release
 
@@ -205,11 +218,19 @@ def forget_keys(workdir: Workdir) -> None:
 
 
 def make_statement(
-    config: Config, mechanisms: list[Mechanism], plan: dict[str, Any], *, half: bool = False
+    config: Config,
+    mechanisms: list[Mechanism],
+    plan: dict[str, Any],
+    sources: Sequence[Source] = (),
+    *,
+    half: bool = False,
 ) -> dict[str, Any]:
     """Returns the privacy statement, all but its ``files``, from what was done; ``plan`` is the ledger's.
 
     ``half`` says that the weights were rounded to float16.
+
+    Guarantee: whoever's images are behind the weights with which training began, its ``sources``, is named: the
+    statement's epsilon is not theirs.
     """
     dp, data, words = config.dp, config.data, WORDS[config.data.unit]
     # Above 0, where the formula for groups would divide by 0; a larger epsilon is a weaker and so a true statement.
@@ -244,6 +265,7 @@ def make_statement(
         "assumptions": [*words.assumptions, *_assumptions(mechanisms, plan["num_iterations"])],
         "not_covered": [
             *words.not_covered,
+            *sentences(sources, UNITS[data.unit]),
             "The choice of hyperparameters, and the choice of this run among several.",
             "Everything in the private report: curves, timings, and figures computed on real images.",
             "What an observer of the machine sees: time, memory, power; copies of the run's folder that are continued.",
@@ -255,9 +277,47 @@ def make_statement(
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
         if len(warmup) > 1:
             statement["warmup"] += f"; {words.covariances}"
+    return statement | _further(sources, half)
+
+
+def public_statement(
+    config: Config, num_images: int, sources: Sequence[Source] = (), *, half: bool = False
+) -> dict[str, Any]:
+    """Returns the statement of a public model, all but its ``files``.
+
+    Guarantee: none, and it cannot pass for a private model's: it has no epsilon and no mechanism, so that reports and
+    totals refuse it, and ``verify`` says what it is.
+    """
+    statement = {
+        "epsilon": None,
+        "delta": None,
+        "guarantee": "none: the weights were trained without differential privacy on images that are declared public, "
+        "for which no guarantee is needed or given",
+        "public_images": {"name": config.data.name, "number": num_images},
+        "unit": None,
+        "adjacency": None,
+        "accountant": None,
+        "dataset_size": None,
+        "clipping_norm": None,
+        "mechanisms": [],
+        "assumptions": ["The images are public, as whoever trained the model has declared (data.public=true)."],
+        "not_covered": [
+            "Everything about these images: the weights, and what is drawn from them, may show any of them as it is.",
+            *sentences(sources, None),
+        ],
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    return statement | _further(sources, half)
+
+
+def _further(sources: Sequence[Source], half: bool) -> dict[str, Any]:
+    """Returns what only some statements have: the weights with which training began, and rounding."""
+    found: dict[str, Any] = {}
     if half:
-        statement["rounding"] = ROUNDING
-    return statement
+        found["rounding"] = ROUNDING
+    if sources:
+        found["initial_weights"] = [source.as_dict() for source in sources]
+    return found
 
 
 def claim_statement(config: Config, checkpoint_sha256: str) -> dict[str, Any]:
@@ -403,18 +463,44 @@ def model_card(statement: dict[str, Any], config: Config) -> str:
         f"{m['noise_multiplier']:g}"
         for m in statement["mechanisms"]
     )
+    beginning = _beginning(statement)
     return f"""# {data.name or "Private images"}: a differentially private diffusion model
 
 A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, trained by dpdm
 {statement["versions"]["dpdm"]} on {images}. The weights, and every image drawn from
 them, are ({round_up(statement["epsilon"])}, {statement["delta"]:g})-differentially private with respect to
 adding or removing {statement["unit"]}{label}, under the assumptions in `privacy.json`.
-
+{beginning}
 {mechanisms}
 {_rounding_note(statement)}
 What is assumed and what is not covered stands in `privacy.json`. Check it by `dpdm verify .`; draw images by
 `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
 """
+
+
+def public_card(statement: Mapping[str, Any], config: Config) -> str:
+    data, images = config.data, statement["public_images"]
+    classes = f", {data.num_classes} classes" if data.num_classes else ""
+    return f"""# {images["name"]}: a public diffusion model, without privacy
+
+A model of {data.resolution} x {data.resolution} images with {data.num_channels} channel(s){classes}, trained by dpdm
+{statement["versions"]["dpdm"]} on {images["number"]} images that are declared public.
+
+**There is no privacy guarantee.** The model was trained without differential privacy: it may show any of these images
+as it is. `dpdm verify --public .` says so.
+{_beginning(statement)}{_rounding_note(statement)}
+Begin a private training with it by `dpdm train ... -- model.init=.`; draw images by
+`dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
+"""
+
+
+def _beginning(statement: Mapping[str, Any]) -> str:
+    """Returns the paragraph of a model card on the weights with which training began."""
+    kinds = [f"a {source['kind']} ({source['images'] or 'no name'})" for source in statement.get("initial_weights", [])]
+    if not kinds:
+        return ""
+    then = "".join(f", and that with {kind}" for kind in kinds[1:])
+    return f"\nTraining began with the weights of {kinds[0]}{then}; `privacy.json` says whom that leaves uncovered.\n"
 
 
 def claim_card(statement: Mapping[str, Any], config: Config) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from dpdm.device import (
     use_bf16,
     use_full_precision,
 )
+from dpdm.diffusion.adapters import freeze, trained_parameters
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError
 from dpdm.files import write_text
+from dpdm.initial import Initial, open_initial, take
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import noise
 from dpdm.privacy.accounting import Mechanism
@@ -122,7 +124,10 @@ class Books:
         """Charges DP-SGD's step number ``step`` on the state of ``digest``; returns its key, None if none is left.
 
         Guarantee: when it returns, the step is in the ledger, on the disk; no more steps than the plan's are charged.
+        A step on public images, of a plan without privacy, costs nothing and is not in the ledger.
         """
+        if not self.run.plan.is_private:
+            return self.identity("step without privacy", step, digest)[1]
         name, key = self.identity("DP-SGD", step, digest)
         if self.ledger.spent("DP-SGD") >= self.run.plan.num_iterations and not self.ledger.was_charged(name):
             return None
@@ -177,7 +182,7 @@ def _join(
     archive = ImageArchive(path, config.data.unit)
     if archive.fingerprint() != fingerprint:
         raise InputError(f"Expected the same images at {path} on every machine, got others: copy the archive anew.")
-    denoiser = configs.build_denoiser(config).to(device).train()
+    denoiser = make_denoiser(config).to(device).train()
     images = images_on_device(config, archive, device)
     run = Run(config, archive, plan, denoiser, device, fingerprint, physical_batch_size, images)
     return run, None, fresh_state(denoiser, config.model.ema_rates)
@@ -273,9 +278,12 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
     try:
         archive = open_archive(config, workdir)
         config = configs.resolve(config, archive)
-        denoiser = configs.build_denoiser(config).to(device).train()
         plan = make_plan(config, archive.num_records)
         images = images_on_device(config, archive, device)
+        initial = _initial(config, workdir)
+        if initial is not None:
+            config = replace(config, model=replace(config.model, init_sha256=initial.sources[0].sha256))
+        denoiser = make_denoiser(config, initial).to(device).train()
     except InputError:
         if not (exists or given):  # nothing was bought: leave the folder as it was found
             workdir.train_archive.unlink(missing_ok=True)
@@ -287,6 +295,7 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
     fingerprint = archive.fingerprint()
     header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": configs.run_hash(config)}
     header["key"] = noise.derive_key(key, "its name in the ledger").hex()
+    header["initial_weights"] = [source.as_dict() for source in initial.sources] if initial else []
     if exists:
         ledger = Ledger(workdir.ledger, repair=True)
         _check_header(ledger.header, header, workdir)
@@ -315,15 +324,48 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
     return run, books, state
 
 
+def make_denoiser(config: Config, initial: Initial | None = None) -> Denoiser:
+    """Returns the denoiser that training begins with.
+
+    Its weights are fresh or ``initial``; ``model.trainable`` and ``model.lora_rank`` say what of it is frozen.
+    """
+    denoiser = configs.build_denoiser(config)
+    if initial is not None:
+        take(denoiser.network, initial.weights)
+    generator = torch.Generator().manual_seed(config.train.seed)
+    freeze(denoiser.network, config.model.trainable, config.model.lora_rank, generator)
+    for name in initial.sources[0].fresh if initial is not None else ():
+        if not denoiser.network.get_parameter(name).requires_grad:
+            raise InputError(
+                f"Expected model.trainable to name {name.partition('.')[0]}, got it frozen: {config.model.init} is of "
+                "another number of classes, so it is fresh and must be learned."
+            )
+    return denoiser
+
+
+def _initial(config: Config, workdir: Workdir) -> Initial | None:
+    """Returns the weights of ``model.init``; None without, or if the run's checkpoint holds its weights by now."""
+    if config.model.init_sha256 and workdir.checkpoint.exists():
+        return None
+    if config.model.init is None:
+        if config.model.init_sha256:
+            raise InputError(
+                f"Expected model.init, the release whose weights have sha256 {config.model.init_sha256}, got null: "
+                "give it, or leave out model.init_sha256."
+            )
+        return None
+    return open_initial(config)
+
+
 def fresh_state(denoiser: Denoiser, ema_rates: Sequence[float] = ()) -> TrainState:
-    """Returns the state in which training begins from a network's present weights."""
-    parameters = _parameters(denoiser)
+    """Returns the state in which training begins from a network's weights; Adam has moments of what is trained."""
+    parameters, trained = _parameters(denoiser), trained_parameters(denoiser.network)
     return TrainState(
         parameters,
         ema={name: p.clone() for name, p in parameters.items()},
         averages={f"{rate}/{name}": p.clone() for rate in ema_rates for name, p in parameters.items()},
-        exp_avg={name: torch.zeros_like(p) for name, p in parameters.items()},
-        exp_avg_sq={name: torch.zeros_like(p) for name, p in parameters.items()},
+        exp_avg={name: torch.zeros_like(p) for name, p in parameters.items() if name in trained},
+        exp_avg_sq={name: torch.zeros_like(p) for name, p in parameters.items() if name in trained},
     )
 
 

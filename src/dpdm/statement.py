@@ -15,9 +15,10 @@ from dpdm import account
 from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS
+from dpdm.initial import Source, read_sources
 from dpdm.privacy import accounting, second_accountant
 from dpdm.privacy.accounting import Mechanism
-from dpdm.release import ALLOWED, LIBRARIES, make_statement
+from dpdm.release import ALLOWED, LIBRARIES, make_statement, public_statement
 from dpdm.untrusted import clean
 
 KNOWN_MECHANISMS = ("DP-SGD", "central images", "central covariances")
@@ -99,7 +100,9 @@ def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Co
         return found
     size = statement["dataset_size"]
     plan = {"dataset_size": size, "num_iterations": planned_steps(config, size)}
-    expected = make_statement(config, mechanisms, plan, half="rounding" in statement)  # at the config's delta
+    sources, problems = check_sources(statement, config)
+    found.problems += problems
+    expected = make_statement(config, mechanisms, plan, sources, half="rounding" in statement)  # at the config's delta
     first = expected["epsilon"] if delta == config.dp.delta else accounting.epsilon_spent(mechanisms, delta)
     found.epsilons = (first, second)
     if first > stated * (1 + FIRST_TOLERANCE):
@@ -117,6 +120,7 @@ def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], confi
     delta, used = statement["delta"], {m.name: m for m in mechanisms}
     bought = {m.name: m for m in train.warmup.mechanisms()}
     facts: list[tuple[str, Any, Any]] = [
+        ("differential privacy", True, dp.enabled),
         ("unit", statement.get("unit"), UNITS[config.data.unit]),
         ("delta", delta, dp.delta),
         ("clipping_norm", statement["clipping_norm"], dp.clipping_norm),
@@ -135,6 +139,42 @@ def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], confi
     if dp.epsilon is not None and statement["epsilon"] > dp.epsilon * (1 + FIRST_TOLERANCE):
         problems.append(f"epsilon {statement['epsilon']:.6g} is above the budget in config.json, {dp.epsilon:g}")
     return problems + [f"{name} is {clean(a)}, by config.json it is {clean(b)}" for name, a, b in facts if a != b]
+
+
+def is_public(statement: Mapping[str, Any]) -> bool:
+    """Whether a statement, after ``parse``, says of itself that it is a public model's, without any guarantee."""
+    return not statement["mechanisms"] and "public_images" in statement
+
+
+def check_public(statement: dict[str, Any], config: Config) -> Recomputed:
+    """Holds a public model's statement against config and our own words: nothing in it may read as a promise."""
+    found = Recomputed()
+    if config.dp.enabled or not config.data.public:
+        found.problems.append("it is said to be of a public model, by config.json it is not (dp.enabled, data.public)")
+    for name in ("epsilon", "delta", "unit", "accountant"):
+        if statement.get(name) is not None:
+            found.problems.append(f"a public model has no {name}, {clean(statement[name], 40)} is stated")
+    images = statement["public_images"]
+    number = images.get("number") if isinstance(images, dict) else None
+    if type(number) is not int or number < 1 or images != {"name": config.data.name, "number": number}:
+        found.problems.append("public_images does not tell the name in config.json and a number of images")
+        return found
+    sources, problems = check_sources(statement, config)
+    found.problems += problems
+    _compare_words(statement, public_statement(config, number, sources, half="rounding" in statement), found)
+    return found
+
+
+def check_sources(statement: Mapping[str, Any], config: Config) -> tuple[tuple[Source, ...], list[str]]:
+    """Returns the releases with which a statement says that training began, and what does not fit the config."""
+    try:
+        sources = read_sources(statement.get("initial_weights", []))
+    except ValueError as error:
+        return (), [clean(error)]
+    named = sources[0].sha256 if sources else None
+    if named != config.model.init_sha256:
+        return sources, ["the weights with which training began are not those that config.json names"]
+    return sources, []
 
 
 def planned_steps(config: Config, dataset_size: int) -> int:
@@ -185,7 +225,9 @@ def _compare_words(statement: dict[str, Any], expected: dict[str, Any], found: R
     """Compares the rest of a statement with the ``expected`` one of this version of dpdm."""
     for name in sorted(set(statement) ^ {*expected, "files"}):
         found.problems.append(f"privacy.json {'holds' if name in statement else 'lacks'} {clean(name, 60)}")
-    if not _follows(statement.get("group_privacy"), float(statement["epsilon"]), float(statement["delta"])):
+    if "group_privacy" in expected and not _follows(
+        statement.get("group_privacy"), float(statement["epsilon"]), float(statement["delta"])
+    ):
         found.problems.append("group_privacy does not follow from epsilon and delta")
     versions = statement.get("versions")
     if (

@@ -33,6 +33,7 @@ FIXED = {
     "dp.delta": "give --delta",
     "dp.noise_multiplier": "it follows from --epsilon; dpdm train takes it",
     "dp.seed": "a run with a seed cannot be released; dpdm train takes it",
+    "dp.enabled": "images are synthesized with a guarantee; dpdm train takes it",
     "data.path": "give SOURCE",
 }
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -24,17 +24,19 @@ from dpdm.checkpoint import TrainState
 from dpdm.config import Config, ModelConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
 from dpdm.data.on_device import ImagesOnDevice
+from dpdm.diffusion.adapters import merged, trained_parameters
 from dpdm.diffusion.augmentation import NUM_DISTORTIONS, distort, mirror
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
 from dpdm.errors import RunError
+from dpdm.initial import Source, read_sources
 from dpdm.monitor import Monitor
 from dpdm.optimizer import adam_step
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
 from dpdm.privacy.draws import record_draws
-from dpdm.privacy.poisson import poisson_sample
+from dpdm.privacy.poisson import physical_batches, poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
 from dpdm.transfer import to_device, to_host
@@ -50,8 +52,10 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
 
     Called by every process of a group (see ``distributed``), it shares each step out among them.
 
-    Guarantee: everything in the returned state but its curves is a function of mechanisms that are in the ledger. A
-    killed run that is resumed never buys more than the plan: replayed steps are the same release, others are charged.
+    Guarantee: everything in the returned state but its curves is a function of mechanisms that are in the ledger, and
+    of ``model.init``; unless ``dp.enabled=false``, of images that are declared public: then there is none.
+
+    A killed run that is resumed never buys more than the plan: replayed steps are the same release, others are charged.
 
     Raises:
         InputError: for a config that does not fit, an existing run without ``resume``, or the reverse.
@@ -63,7 +67,7 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
         run, books, state = open_run(config, workdir, resume=resume)
         if books:
             print(configs.to_yaml(run.config), file=sys.stderr)
-            print(announcement(run), file=sys.stderr, flush=True)
+            print(announcement(run, read_sources(books.ledger.header["initial_weights"])), file=sys.stderr, flush=True)
         monitor = Monitor(run.config, workdir, run.denoiser)  # first, as it looks for files that the config names
         if books and run.plan.warmup and not state.warmup:
             state = _warm_up(run, books)
@@ -71,7 +75,8 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
         if books and state.step == 0:
             books.save(state)
         saved_at, saved_step, digest = time.monotonic(), state.step, state.digest()
-        with Progress("DP-SGD", run.plan.num_iterations, start=state.step, unit="steps") as progress:
+        title = "DP-SGD" if run.plan.is_private else "Training"
+        with Progress(title, run.plan.num_iterations, start=state.step, unit="steps") as progress:
             while keys := _next_step(run, books, state, digest, interrupted):
                 digest = take_step(run, state, keys)
                 due = _checkpoint_is_due(run.config.train, state.step, saved_step, time.monotonic() - saved_at)
@@ -133,11 +138,11 @@ def take_step(run: Run, state: TrainState, keys: StepKeys) -> str:
     Raises:
         RunError: see ``_end_of_step``.
     """
-    parameters = dict(run.denoiser.network.named_parameters())
-    step = private_step(run, parameters, keys)
+    trained = trained_parameters(run.denoiser.network)
+    step = private_step(run, trained, keys) if run.plan.is_private else public_step(run, trained, keys)
     adam_step(
         run.config.optim,
-        parameters,
+        trained,
         step.gradients,
         state.exp_avg,
         state.exp_avg_sq,
@@ -145,7 +150,7 @@ def take_step(run: Run, state: TrainState, keys: StepKeys) -> str:
         num_iterations=run.plan.num_iterations,
         noise_deviation=run.noise_deviation(),
     )
-    _update_averages(state, parameters, run.config.model)
+    _update_averages(state, dict(run.denoiser.network.named_parameters()), run.config.model)
     state.step += 1
     return _end_of_step(state, step)
 
@@ -170,6 +175,57 @@ def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> 
         secure_noise=run.config.dp.secure_noise,
         overlap_noise=run.overlaps_noise,
     )
+
+
+@dataclass(frozen=True)
+class PublicGradient:
+    """What one step without privacy computes.
+
+    Attributes:
+        gradients: the mean gradient, one tensor per parameter.
+        batch_size: of the step.
+        figures: (2,) float64, where the gradients are: mean loss, and whether the gradients are finite: 1, or 0.
+    """
+
+    gradients: list[Tensor]
+    batch_size: int
+    figures: Tensor
+
+    @property
+    def mean_loss(self) -> float:
+        return float(self.figures[0])
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.figures[1])
+
+
+def public_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> PublicGradient:
+    """Returns the ordinary gradient of a batch of *public* images, without clipping and noise.
+
+    The batch is a random one of exactly the expected size. Several processes share it out, as in a private step.
+
+    Guarantee: none.
+    """
+    if run.plan.is_private or not run.config.data.public:
+        raise ValueError("Expected a run without privacy on public images, got another.")
+    size = run.plan.expected_batch_size
+    batch = np.argsort(noise.random_words(keys.batch, run.plan.dataset_size), kind="stable")[:size]
+    own = distributed.share(size)
+    sums = [torch.zeros_like(parameter) for parameter in parameters.values()]
+    total = torch.zeros((), device=run.device)
+    for piece in physical_batches(batch[own.start : own.stop], run.physical_batch_size):
+        with torch.enable_grad(), run.autocast():
+            losses = example_losses(run.denoiser, run.images, piece, run.config.loss, key=keys.diffusion)
+        gradients = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+        for before, gradient in zip(sums, gradients, strict=True):
+            if gradient is not None:
+                before += gradient
+        total += losses.detach().sum()
+    distributed.sum_over_processes([*sums, total])
+    finite = torch.stack([torch.isfinite(gradient).all() for gradient in sums]).all()
+    figures = torch.stack([total.double() / size, finite.double()])
+    return PublicGradient([gradient / size for gradient in sums], size, figures)
 
 
 def example_losses(
@@ -229,9 +285,11 @@ def _take(
     return to_device(pixels, device).view(*chosen.shape, *pixels.shape[1:]), labels
 
 
-def announcement(run: Run) -> str:
-    """Returns what will be spent, before anything is."""
+def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
+    """Returns what will be spent, before anything is, and where the first weights are from."""
     plan = run.plan
+    if not plan.is_private:
+        return "\n".join([_public_announcement(run), *_beginnings(run, sources)])
     lines = [
         f"Privacy: at most epsilon={plan.epsilon:.4g} at delta={plan.delta:g}, adding or removing one of "
         f"{plan.dataset_size} {plan.unit}s.",
@@ -248,12 +306,34 @@ def announcement(run: Run) -> str:
             "  Warning: data.unit=image, though the images have groups: k images of one person are protected only as k "
             "images together (group_privacy in the statement); data.unit=group protects persons."
         )
+    lines += _beginnings(run, sources)
     warning = accounting.check_delta_for(plan.delta, plan.dataset_size, plan.unit)
     if warning:
         lines.append(f"  Warning: {warning}")
     if run.config.dp.seed is not None:
         lines.append("  NO GUARANTEE: dp.seed is set, so anybody can compute the noise. For tests alone.")
     return "\n".join(lines)
+
+
+def _public_announcement(run: Run) -> str:
+    plan = run.plan
+    return (
+        f"NO PRIVACY: {plan.num_iterations} ordinary steps on {plan.dataset_size} images that are declared public "
+        f"(data.public): {clean(run.config.data.name)}. The release gives no guarantee for them."
+    )
+
+
+def _beginnings(run: Run, sources: Sequence[Source]) -> list[str]:
+    """Returns lines on the first weights, and on how many of all are trained."""
+    lines = []
+    if sources:
+        fresh = f", all but {', '.join(sources[0].fresh)}" if sources[0].fresh else ""
+        lines.append(f"  Weights begin with those of a {sources[0].kind}{fresh} (sha256 {sources[0].sha256[:12]}...).")
+    trained = sum(p.numel() for p in trained_parameters(run.denoiser.network).values())
+    total = sum(p.numel() for p in run.denoiser.network.parameters())
+    if trained < total:
+        lines.append(f"  Trained are {trained} of {total} numbers; the others stay as they are.")
+    return lines
 
 
 def _warm_up(run: Run, books: Books) -> TrainState:
@@ -270,7 +350,7 @@ def _warm_up(run: Run, books: Books) -> TrainState:
     ema = train_on_central_images(run.denoiser, central, config, run.config.loss, seed=run.config.train.seed)
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser, run.config.model.ema_rates)
-    state.warmup = {name: tensor.clone() for name, tensor in ema.items()}
+    state.warmup = {name: tensor.clone() for name, tensor in merged(ema).items()}
     return state
 
 
@@ -280,7 +360,7 @@ def _update_averages(state: TrainState, parameters: Mapping[str, Tensor], config
         update_ema(state.average(rate), parameters, ema_decay(rate, state.step))
 
 
-def _end_of_step(state: TrainState, step: PrivateGradient) -> str:
+def _end_of_step(state: TrainState, step: PrivateGradient | PublicGradient) -> str:
     """Notes the step's figures in the curves and returns the state's digest: here, once, the host waits for a GPU.
 
     Raises:
@@ -293,7 +373,9 @@ def _end_of_step(state: TrainState, step: PrivateGradient) -> str:
             "Expected a finite gradient of the whole step, got another one: weights that are not finite, or a fault of "
             "the device; go on with --resume, or start again with a lower optim.learning_rate."
         )
-    values = {"loss": step.mean_loss, "clip_fraction": step.clip_fraction, "batch_size": step.batch_size}
+    values = {"loss": step.mean_loss, "batch_size": step.batch_size}
+    if isinstance(step, PrivateGradient):
+        values["clip_fraction"] = step.clip_fraction
     for name, value in values.items():
         state.curves.setdefault(name, []).append(float(value))
     return state.digest(tensors)

@@ -22,10 +22,10 @@ from dpdm.data.archive import ImageArchive
 from dpdm.device import pick_device
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.copies import CopyReport, find_copies
-from dpdm.evaluation.one_page import one_page
+from dpdm.evaluation.one_page import one_page, public_page
 from dpdm.evaluation.report import SharedReport, write_shareable_report
 from dpdm.privacy import accounting
-from dpdm.release import ALLOWED, CONVERTED_SECTIONS, claim_card, model_card, redacted
+from dpdm.release import ALLOWED, CONVERTED_SECTIONS, claim_card, model_card, public_card, redacted
 from dpdm.released_files import (
     MAX_WEIGHTS_BYTES,
     MAX_WORDS_BYTES,
@@ -49,6 +49,13 @@ LIMITS = (
 )
 
 
+PUBLIC_LIMITS = (
+    "That its images are public. A private model whose statement calls its images public looks just the same: it is "
+    "the word of whoever trained it.",
+    LIMITS[1],
+)
+
+
 @dataclass
 class Findings:
     """What was found.
@@ -66,6 +73,11 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     images: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_public(self) -> bool:
+        """Whether it is the release of a public model, for which no guarantee is given."""
+        return statement.is_public(self.statement)
 
 
 def verify(release: Path, images: Path | None = None) -> Findings:
@@ -93,12 +105,14 @@ def verify(release: Path, images: Path | None = None) -> Findings:
     found.problems += _check_files(release, content["files"])
     config, problems = _read_config(release / "config.json", content, found.notices)
     found.problems += problems
-    if not mechanisms:
+    if not (mechanisms or found.is_public):
         found.problems.append(statement.no_guarantee(content))
     if config is None:
         return found
-    if mechanisms:
-        recomputed = statement.recompute(content, mechanisms, config)
+    if mechanisms or found.is_public:
+        recomputed = (
+            statement.recompute(content, mechanisms, config) if mechanisms else statement.check_public(content, config)
+        )
         found.epsilons = recomputed.epsilons
         found.notices += recomputed.notices
         found.problems += recomputed.problems
@@ -140,17 +154,21 @@ def against(release: Path, archive: Path, images: Path | None = None) -> CopyRep
 
 def page(found: Findings) -> str:
     """Returns the one-page statement of a release in which nothing was found to be wrong."""
-    first, second = found.epsilons
     checks = [
-        f"Epsilon, recomputed from the uses above: {first:.6g} by {accounting.ACCOUNTANT}; {second:.6g} by a second "
-        f"accountant that shares no code with it; {float(found.statement['epsilon']):.6g} is stated.",
         f"Files: the {len(ALLOWED)} of a release and no others, unchanged since the statement was written. The weights "
         "are those of the network in config.json, the words those that dpdm writes of such a run; there is nothing "
         "more.",
         *(f"Synthetic images: {count:,} in {name}: pixels and labels alone." for name, count in found.images.items()),
         *found.notices,
     ]
-    return one_page(_safe(found.statement), checks, LIMITS)
+    if found.is_public:
+        return public_page(_safe(found.statement), checks, PUBLIC_LIMITS)
+    first, second = found.epsilons
+    recomputed = (
+        f"Epsilon, recomputed from the uses above: {first:.6g} by {accounting.ACCOUNTANT}; {second:.6g} by a second "
+        f"accountant that shares no code with it; {float(found.statement['epsilon']):.6g} is stated."
+    )
+    return one_page(_safe(found.statement), [recomputed, *checks], LIMITS)
 
 
 def _safe(value: Any) -> Any:
@@ -194,7 +212,7 @@ def _read_config(path: Path, stated: dict[str, Any], notices: list[str]) -> tupl
     except (ValueError, RecursionError) as error:
         return None, [f"config.json cannot be used: {clean(error)}"]
     shared = redacted(config)
-    if not stated["mechanisms"]:
+    if not (stated["mechanisms"] or statement.is_public(stated)):
         shared = {name: shared[name] for name in CONVERTED_SECTIONS}
     if statement.writer(stated) != version("dpdm"):
         absent = sorted(_keys(shared) - _keys(content))
@@ -226,7 +244,9 @@ def _those_of(values: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]
 
 def _check_words(release: Path, content: dict[str, Any], config: Config) -> list[str]:
     """Returns which words seem to be a path or a key, and whether the model card is another than the statement's."""
-    hashes = {str(value).lower() for value in [*content["files"].values(), content.get("checkpoint_sha256")]}
+    sources, _ = statement.check_sources(content, config)
+    named = [content.get("checkpoint_sha256"), config.model.init_sha256, *(source.sha256 for source in sources)]
+    hashes = {str(value).lower() for value in [*content["files"].values(), *named]}
     try:
         card = read_bytes(release / "README.md", MAX_WORDS_BYTES).decode("utf-8")
     except ValueError:
@@ -241,6 +261,8 @@ def _check_words(release: Path, content: dict[str, Any], config: Config) -> list
 def _own_card(content: dict[str, Any], config: Config) -> str | None:
     """Returns the model card that this version of dpdm makes of a statement; None if it can make none of it."""
     try:
+        if statement.is_public(content):
+            return public_card(content, config)
         return model_card(content, config) if content["mechanisms"] else claim_card(content, config)
     except (LookupError, TypeError, ValueError):
         return None

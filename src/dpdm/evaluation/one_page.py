@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpdm.evaluation.guarantee import Guarantee, Mechanism, attack_power, odds, percent_up, round_up
@@ -47,7 +47,28 @@ def one_page(statement: Mapping[str, Any], checks: Sequence[str], limits: Sequen
         ("WHAT WAS CHECKED HERE", checks),
         ("WHAT NO CHECK OF A RELEASE CAN SHOW", limits),
     ]
-    lines = [f"PRIVACY STATEMENT: epsilon {round_up(guarantee.epsilon)}, delta {round_up(guarantee.delta)}"]
+    headline = f"PRIVACY STATEMENT: epsilon {round_up(guarantee.epsilon)}, delta {round_up(guarantee.delta)}"
+    return _lay_out(headline, sections)
+
+
+def public_page(statement: Mapping[str, Any], checks: Sequence[str], limits: Sequence[str]) -> str:
+    """Returns the page of a public model, which says that there is no guarantee; arguments as of ``one_page``."""
+    images = statement["public_images"]
+    what = (
+        f"This model was trained without differential privacy on {images['number']:,} images called {images['name']}, "
+        "which are declared public. No guarantee is given for them, and nobody else gets one from this page."
+    )
+    sections = [
+        ("WHAT THIS IS", [what, *statement["assumptions"]]),
+        ("WHAT IS NOT COVERED", statement["not_covered"]),
+        ("WHAT WAS CHECKED HERE", checks),
+        ("WHAT NO CHECK OF A RELEASE CAN SHOW", limits),
+    ]
+    return _lay_out("PUBLIC MODEL, NO GUARANTEE", sections)
+
+
+def _lay_out(headline: str, sections: Sequence[tuple[str, Iterable[str]]]) -> str:
+    lines = [headline]
     for title, items in sections:
         lines += ["", title, *(line for item in items for line in _wrap(item))]
     return "\n".join(lines)

@@ -42,6 +42,7 @@ class DPConfig:
     """Privacy keys of a run.
 
     Attributes:
+        enabled: false trains without privacy, which is for images that are public (data.public) alone.
         epsilon: the budget from which the noise multiplier is calibrated; or
         noise_multiplier: the noise itself; exactly one of the two.
         delta: in (0, 1/N).
@@ -52,6 +53,7 @@ class DPConfig:
         seed: makes the run reproducible by anybody, and so without any guarantee; for tests alone.
     """
 
+    enabled: bool = True
     epsilon: float | None = None
     noise_multiplier: float | None = None
     delta: float = 1e-5
