@@ -267,7 +267,7 @@ def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
         value = len(asked) / 10
         return {
             "accuracy": {"synthetic": {"value": value}},
-            "frechet": {"synthetic": {"value": 10 * value}},
+            "frechet": {"synthetic": 10 * value},
             "variance_share": {"synthetic": value},
         }
 

@@ -31,12 +31,11 @@ from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.auditing import OneRunBound, TwoWorldBound, one_run_bound, two_world_bound
-from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
-from dpdm.privacy.poisson import poisson_sample
+from dpdm.privacy.dpsgd import PrivateGradient
 from dpdm.progress import Progress
 from dpdm.recipes import recipe
 from dpdm.run import Run, fresh_state, open_archive, physical_batch_size
-from dpdm.train import StepKeys, example_losses, private_step, step_keys
+from dpdm.train import StepKeys, example_losses, private_step, sampled_step, step_keys
 from dpdm.workdir import Workdir
 
 NUM_DIGITS = 1497  # of the 1,797 digits, the others are held out
@@ -303,11 +302,11 @@ def audit_run(
 ) -> RunAudit:
     """Trains once on public images and canaries, of which each takes part by a fair coin, and guesses the coins.
 
-    Everything is training's own (network, images, draws, Poisson batches, ``private_gradient``, Adam) but the canaries'
-    loss: canary i is a record whose gradient has one entry, longer than C, at a weight of the network that is its own.
-    It is the worst case of the guarantee, which speaks of any record (the Dirac canary of Nasr et al. 2023). The
-    attacker sees what the guarantee allows, every step's noisy gradient; a canary's score is the log of the likelihood
-    ratio, with to without it, of the entries that are its own, if there were nothing else at that weight.
+    Everything is training's own (network, images, draws, ``sampled_step``, Adam) but the canaries' loss: canary i is a
+    record whose gradient has one entry, longer than C, at a weight of the network that is its own. It is the worst case
+    of the guarantee, which speaks of any record (the Dirac canary of Nasr et al. 2023). The attacker sees what the
+    guarantee allows, every step's noisy gradient; a canary's score is the log of the likelihood ratio, with to without
+    it, of the entries that are its own, if there were nothing else at that weight.
 
     The numbers of absent canaries stay free: a batch is a Poisson sample of all numbers, less the absent ones, and so
     a Poisson sample of the records that take part.
@@ -444,18 +443,11 @@ def _step_without(
     absent: np.ndarray, run: Run, parameters: Mapping[str, Tensor], canaries: _Canaries, keys: StepKeys
 ) -> PrivateGradient:
     """Returns what ``private_step`` does, on images and canaries of which those of the numbers ``absent`` are none."""
-    batch = poisson_sample(keys.batch, run.plan.dataset_size, run.plan.sampling_rate)
-    return private_gradient(
-        parameters,
-        lambda records: canaries.losses(run, parameters[canaries.name], records, keys.diffusion),
-        np.setdiff1d(batch, absent, assume_unique=True),
-        clipping_norm=run.config.dp.clipping_norm,
-        noise_multiplier=run.plan.noise_multiplier,
-        expected_batch_size=run.plan.expected_batch_size,
-        physical_batch_size=run.physical_batch_size,
-        noise_key=keys.noise,
-        secure_noise=run.config.dp.secure_noise,
-    )
+
+    def loss(records: np.ndarray) -> Tensor:
+        return canaries.losses(run, parameters[canaries.name], records, keys.diffusion)
+
+    return sampled_step(run, parameters, loss, keys, absent)
 
 
 def _log_likelihood_ratio(entries: np.ndarray, plan: Plan) -> np.ndarray:

@@ -7,7 +7,7 @@ the released config; every sentence must be the one that dpdm writes for such a 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,7 +18,7 @@ from dpdm.evaluation.guarantee import UNITS
 from dpdm.initial import Source, read_sources
 from dpdm.privacy import accounting, second_accountant
 from dpdm.privacy.accounting import Mechanism
-from dpdm.release import ALLOWED, LIBRARIES, make_statement, public_statement
+from dpdm.release import ALLOWED, LIBRARIES, WORDS, make_statement, public_statement
 from dpdm.untrusted import clean
 
 KNOWN_MECHANISMS = ("DP-SGD", "central images", "central covariances")
@@ -70,7 +70,8 @@ def parse(statement: Any) -> list[Mechanism]:
                 raise ValueError(f"{name} is no number above 0")
         if not statement["delta"] < 1:
             raise ValueError("delta is not below 1")
-        if type(statement["dataset_size"]) is not int or statement["dataset_size"] < 1:
+        size = statement["dataset_size"]
+        if type(size) is not int or not 1 <= size <= account.LARGEST_DATASET:
             raise ValueError("dataset_size is no number of images or persons")
     return mechanisms
 
@@ -102,8 +103,14 @@ def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Co
     plan = {"dataset_size": size, "num_iterations": planned_steps(config, size)}
     sources, problems = check_sources(statement, config)
     found.problems += problems
-    expected = make_statement(config, mechanisms, plan, sources, half="rounding" in statement)  # at the config's delta
-    first = expected["epsilon"] if delta == config.dp.delta else accounting.epsilon_spent(mechanisms, delta)
+    half = "rounding" in statement
+    try:
+        stated_for = replace(config, dp=replace(config.dp, delta=delta))
+        expected = make_statement(stated_for, mechanisms, plan, sources, half=half)
+    except InputError as error:
+        found.problems.append(f"epsilon cannot be recomputed: {clean(error)}")
+        return found
+    first = expected["epsilon"]
     found.epsilons = (first, second)
     if first > stated * (1 + FIRST_TOLERANCE):
         found.problems.append(_differs(first, stated, "dp-accounting"))
@@ -122,6 +129,7 @@ def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], confi
     facts: list[tuple[str, Any, Any]] = [
         ("differential privacy", True, dp.enabled),
         ("unit", statement.get("unit"), UNITS[config.data.unit]),
+        ("adjacency", statement.get("adjacency"), WORDS[config.data.unit].adjacency),
         ("delta", delta, dp.delta),
         ("clipping_norm", statement["clipping_norm"], dp.clipping_norm),
     ]
@@ -229,6 +237,11 @@ def _compare_words(statement: dict[str, Any], expected: dict[str, Any], found: R
         statement.get("group_privacy"), float(statement["epsilon"]), float(statement["delta"])
     ):
         found.problems.append("group_privacy does not follow from epsilon and delta")
+        return
+    words = sorted(set(expected) & set(statement) - {"epsilon", "delta", "mechanisms", "group_privacy", "versions"})
+    for name in words:
+        if not _is_like(statement[name], expected[name]):
+            found.problems.append(f"{name} in privacy.json is not of the kind that dpdm writes")
     versions = statement.get("versions")
     if (
         not isinstance(versions, dict)
@@ -243,10 +256,25 @@ def _compare_words(statement: dict[str, Any], expected: dict[str, Any], found: R
             f"{version('dpdm')}."
         )
         return
-    own = set(expected) & set(statement) - {"epsilon", "delta", "mechanisms", "group_privacy", "versions"}
-    for name in sorted(own):
+    for name in words:
         if statement[name] != expected[name]:
             found.problems.append(f"{name} in privacy.json is not what dpdm states of such a run")
+    if _notes(statement["group_privacy"]) != _notes(expected["group_privacy"]):
+        found.problems.append("a note in group_privacy is not what dpdm states of such a run")
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether a part of a statement is what a reader expects there: texts for texts, and the numbers for numbers."""
+    if isinstance(own, dict):
+        facts = {name: item for name, item in own.items() if not isinstance(item, str)}
+        return isinstance(value, dict) and facts == {name: item for name, item in value.items() if name in facts}
+    if isinstance(own, list):
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return type(value) is type(own) or not isinstance(own, str)
+
+
+def _notes(groups: Mapping[str, Any]) -> dict[str, Any]:
+    return {size: group.get("note") for size, group in groups.items()}
 
 
 def _follows(groups: Any, epsilon: float, delta: float) -> bool:
@@ -258,6 +286,8 @@ def _follows(groups: Any, epsilon: float, delta: float) -> bool:
         group_delta = sum(delta * math.exp(min(k * epsilon, 700.0)) for k in range(size))
         wanted = (size * epsilon, group_delta) if group_delta < 1 else (None, 1.0)
         if not isinstance(group, dict) or set(group) - {"note"} != {"epsilon", "delta"}:
+            return False
+        if not isinstance(group.get("note", ""), str):
             return False
         for value, right in zip((group["epsilon"], group["delta"]), wanted, strict=True):
             if not (value is None if right is None else _is_number(value) and math.isclose(value, right)):

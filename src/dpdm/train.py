@@ -34,7 +34,7 @@ from dpdm.initial import Source, read_sources
 from dpdm.monitor import Monitor
 from dpdm.optimizer import adam_step
 from dpdm.privacy import accounting, noise
-from dpdm.privacy.dpsgd import PrivateGradient, private_gradient
+from dpdm.privacy.dpsgd import PerExampleLoss, PrivateGradient, private_gradient
 from dpdm.privacy.draws import record_draws
 from dpdm.privacy.poisson import physical_batches, poisson_sample
 from dpdm.progress import Progress
@@ -45,6 +45,7 @@ from dpdm.warmup import central_images, train_on_central_images, with_covariance
 from dpdm.workdir import Workdir
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
+NOBODY = np.zeros(0, np.int64)
 
 
 def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Config, TrainState]:
@@ -157,12 +158,31 @@ def take_step(run: Run, state: TrainState, keys: StepKeys) -> str:
 
 def private_step(run: Run, parameters: Mapping[str, Tensor], keys: StepKeys) -> PrivateGradient:
     """Returns the private gradient of one step whose randomness comes from ``keys``."""
-    batch = poisson_sample(keys.batch, run.plan.dataset_size, run.plan.sampling_rate)
 
     def loss(records: np.ndarray) -> Tensor:
         with run.autocast():
             return example_losses(run.denoiser, run.images, records, run.config.loss, key=keys.diffusion)
 
+    return sampled_step(run, parameters, loss, keys)
+
+
+def sampled_step(
+    run: Run, parameters: Mapping[str, Tensor], loss: PerExampleLoss, keys: StepKeys, absent: np.ndarray = NOBODY
+) -> PrivateGradient:
+    """Returns the private gradient of one step of ``run`` with any ``loss``: what training and its audit share.
+
+    Guarantee: the mechanism of the run's plan, see ``private_gradient``: a Poisson sample of ``run.plan``'s rate, of
+    all numbers below its N that a record has.
+
+    Args:
+        run: whose plan and config say how the step is made.
+        parameters: by name.
+        loss: of each record in a piece of the batch.
+        keys: of this step alone.
+        absent: numbers below N that no record has, so that they are never in a batch; an audit's missing canaries.
+    """
+    batch = poisson_sample(keys.batch, run.plan.dataset_size, run.plan.sampling_rate)
+    batch = np.setdiff1d(batch, absent, assume_unique=True)
     return private_gradient(
         parameters,
         loss,

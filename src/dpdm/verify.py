@@ -103,8 +103,7 @@ def verify(release: Path, images: Path | None = None) -> Findings:
         raise RunError(f"Expected a privacy statement in {path}, could not read it: {clean(error)}.") from None
     found = Findings(content, problems=problems)
     found.problems += _check_files(release, content["files"])
-    config, problems = _read_config(release / "config.json", content, found.notices)
-    found.problems += problems
+    config = _read_config(release / "config.json", found)
     if not (mechanisms or found.is_public):
         found.problems.append(statement.no_guarantee(content))
     if config is None:
@@ -154,10 +153,11 @@ def against(release: Path, archive: Path, images: Path | None = None) -> CopyRep
 
 def page(found: Findings) -> str:
     """Returns the one-page statement of a release in which nothing was found to be wrong."""
+    own = statement.writer(found.statement) == version("dpdm")
+    words = ", the words those that dpdm writes of such a run; there is nothing more" if own else ""
     checks = [
         f"Files: the {len(ALLOWED)} of a release and no others, unchanged since the statement was written. The weights "
-        "are those of the network in config.json, the words those that dpdm writes of such a run; there is nothing "
-        "more.",
+        f"are those of the network in config.json{words}.",
         *(f"Synthetic images: {count:,} in {name}: pixels and labels alone." for name, count in found.images.items()),
         *found.notices,
     ]
@@ -199,10 +199,11 @@ def _check_files(release: Path, hashes: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _read_config(path: Path, stated: dict[str, Any], notices: list[str]) -> tuple[Config | None, list[str]]:
-    """Returns the released config, None if it cannot be used, and what is in it beside the keys that are shared.
+def _read_config(path: Path, found: Findings) -> Config | None:
+    """Returns the released config, None if it cannot be used; what is odd about it goes to ``found``.
 
-    Another version of dpdm may have had fewer keys; what the absent ones mean goes to ``notices``.
+    A key that it lacks has its default: a release is read for years, by versions with more keys than it was written
+    with. One that it has beside those that are shared is a problem.
     """
     try:
         content, problems = read_json(path)
@@ -210,36 +211,38 @@ def _read_config(path: Path, stated: dict[str, Any], notices: list[str]) -> tupl
             raise ValueError("it holds ${")
         config = configs.load([path], quiet=True)
     except (ValueError, RecursionError) as error:
-        return None, [f"config.json cannot be used: {clean(error)}"]
+        found.problems.append(f"config.json cannot be used: {clean(error)}")
+        return None
     shared = redacted(config)
-    if not (stated["mechanisms"] or statement.is_public(stated)):
+    if not (found.statement["mechanisms"] or found.is_public):
         shared = {name: shared[name] for name in CONVERTED_SECTIONS}
-    if statement.writer(stated) != version("dpdm"):
-        absent = sorted(_keys(shared) - _keys(content))
-        shared = _those_of(shared, content)
-        if absent:
-            notices.append(f"Keys that config.json lacks have their defaults: {clean(', '.join(absent))}.")
-    if content != shared:
-        keys = sorted(_keys(content) ^ _keys(shared)) or ["a value that is not read as it is written"]
-        problems.append(f"config.json is not that of a release: {clean(', '.join(keys[:5]))}")
-    return config, problems
+    odd, lacking = _differences(content, shared)
+    if odd:
+        problems.append(f"config.json is not that of a release: {clean(', '.join(odd[:5]))}")
+    if lacking:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        found.notices.append(
+            f"config.json lacks {', '.join(lacking[:5])}{more}, as one from before there were such keys does: they "
+            "have their defaults."
+        )
+    found.problems += problems
+    return config
 
 
-def _keys(value: Any, prefix: str = "") -> set[str]:
-    if not isinstance(value, dict):
-        return {prefix}
-    return {key for name, item in value.items() for key in _keys(item, f"{prefix}.{name}".lstrip("."))}
-
-
-def _those_of(values: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``values`` without the keys that ``content`` does not have."""
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and isinstance(content.get(name), dict):
-            found[name] = _those_of(value, content[name])
-        elif name in content:
-            found[name] = value
-    return found
+def _differences(
+    content: Mapping[str, Any], shared: Mapping[str, Any], prefix: str = ""
+) -> tuple[list[str], list[str]]:
+    """Returns which keys of a released config are not shared or not read as they are written, and which it lacks."""
+    odd, lacking = [], [f"{prefix}{name}" for name in shared if name not in content]
+    for name, value in content.items():
+        own = shared.get(name)
+        if isinstance(value, dict) and isinstance(own, dict):
+            more_odd, more_lacking = _differences(value, own, f"{prefix}{name}.")
+            odd += more_odd
+            lacking += more_lacking
+        elif name not in shared or json.dumps(value) != json.dumps(own):  # for ==, 1 is true
+            odd.append(f"{prefix}{name}")
+    return odd, lacking
 
 
 def _check_words(release: Path, content: dict[str, Any], config: Config) -> list[str]:

@@ -9,7 +9,7 @@ from scipy.stats import norm
 
 from dpdm.errors import InputError
 from dpdm.privacy import accounting
-from dpdm.privacy.accounting import Mechanism, calibrate_noise_multiplier, epsilon_spent
+from dpdm.privacy.accounting import Mechanism, calibrate_noise_multiplier, epsilon_spent, group_privacy
 
 STEPS = accounting.num_iterations(300, 60_000, 4096)
 RATE = 4096 / 60_000
@@ -104,3 +104,8 @@ def test_group_privacy_is_the_chain_of_single_changes() -> None:
 def test_bad_arguments_are_named(call) -> None:
     with pytest.raises(InputError, match=r"^Expected "):
         call()
+
+
+def test_a_group_beyond_all_floats_has_no_promise() -> None:
+    assert group_privacy(150.0, 1e-5, 5) == (750.0, math.inf)
+    assert group_privacy(math.inf, 1e-5, 2) == (math.inf, math.inf)

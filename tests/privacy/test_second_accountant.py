@@ -18,6 +18,7 @@ from scipy.stats import norm
 from dpdm import config as configs
 from dpdm.errors import InputError
 from dpdm.plan import make_plan
+from dpdm.privacy import second_accountant
 from dpdm.privacy.accounting import Mechanism, epsilon_spent
 from dpdm.privacy.second_accountant import epsilon_upper_bound
 
@@ -237,3 +238,13 @@ def test_it_shares_nothing_with_the_first_accountant() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_delta_that_infinite_losses_pass_has_no_epsilon() -> None:
+    """Nothing finite is an upper bound then; the end of the ring is none."""
+    part = second_accountant._Losses(np.array([0, 1]), np.array([0.5, 0.4]), infinite=0.1, count=1)
+    assert second_accountant._compose([part], 0.01, 0.5) == math.inf
+    assert second_accountant._compose([part], 0.2, 0.5) < 1
+    below = second_accountant._Losses(np.array([-900, -899]), np.array([0.5, 0.4]), infinite=0.1, count=1)
+    assert second_accountant._compose([below], 0.01, 0.5) == math.inf
+    assert second_accountant._compose([below], 0.2, 0.5) == 0

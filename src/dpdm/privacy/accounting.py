@@ -21,6 +21,8 @@ NOISE_MULTIPLIER_DIGITS = 5  # calibrated noise multipliers are rounded up to so
 LARGEST_DELTA = 0.1
 SMALLEST_DELTA = 1e-13  # with less the accountant's cut tails alone make epsilon infinite
 
+LARGEST_EXPONENT = 700.0  # e to this power is still a float
+
 RDP_ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)  # integers: no series that may not converge
 
 
@@ -125,6 +127,8 @@ def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float
     (k epsilon, delta (e^(k epsilon) - 1)/(e^epsilon - 1)), Vadhan 2017, "The Complexity of Differential Privacy",
     lemma 2.2. A returned delta of 1 or more promises nothing.
     """
+    if size * epsilon > LARGEST_EXPONENT:
+        return size * epsilon, math.inf
     return size * epsilon, delta * math.expm1(size * epsilon) / math.expm1(epsilon)
 
 

@@ -115,7 +115,7 @@ def epsilon_upper_bound(mechanisms: Sequence[Uses], delta: float) -> float:
     while step > finest:
         step = max(finest, step / 2)
         coarser, epsilon = epsilon, _epsilon(used, delta, step, z)
-        if epsilon >= coarser * (1 - SETTLED):
+        if math.isfinite(epsilon) and epsilon >= coarser * (1 - SETTLED):
             break
     return epsilon
 
@@ -194,7 +194,7 @@ def _normal_masses(edges: np.ndarray) -> np.ndarray:
 
 
 def _compose(parts: Sequence[_Losses], delta: float, step: float) -> float:
-    """Returns the smallest epsilon with delta(epsilon) <= ``delta``, upward, of all parts' uses together."""
+    """Returns the smallest epsilon with delta(epsilon) <= ``delta``, upward, of all parts' uses; or infinity."""
     infinite = sum(part.count * part.infinite for part in parts)
     tilt = _chernoff(parts, delta, step)
     log_mgf, mean, deviation = _tilted_sum(parts, tilt, step)
@@ -213,8 +213,10 @@ def _compose(parts: Sequence[_Losses], delta: float, step: float) -> float:
         return infinite + above + float(np.dot(-np.expm1(epsilon - losses[start:]), weights[start:]))
 
     low, high = max(0.0, float(losses[0])), float(losses[-1])
-    if high <= 0 or delta_at(low) <= delta:
+    if delta_at(low) <= delta:
         return low
+    if high <= low or delta_at(high) > delta:  # infinite losses alone pass delta: no epsilon would do
+        return math.inf
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if delta_at(middle) <= delta else (middle, high)
