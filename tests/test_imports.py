@@ -64,6 +64,8 @@ WITHOUT_TORCH = (
     "privacy/auditing",
     "privacy/ledger",
     "privacy/second_accountant",
+    "privacy/second_selection",
+    "privacy/selection",
     "reference",
     "untrusted",
 )
