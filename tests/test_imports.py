@@ -16,6 +16,7 @@ ROOMS = ("diffusion", "privacy", "data", "evaluation")
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("tune",),
     ("synthesize", "audit"),
     ("evaluate", "verify"),
     ("statement",),

@@ -211,6 +211,54 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
 
 
 @app.command(
+    short_help="Settings from public facts.",
+    epilog="Example: dpdm tune --dataset-size 60000 --resolution 28 --channels 1 --classes 10 --epsilon 1",
+)
+@click.option("--dataset-size", type=int, help="N, number of private images.")
+@click.option("--resolution", metavar="WxH", help="Such as 28x28.")
+@click.option("--channels", type=int, help="1 (grey) or 3 (RGB).")
+@click.option("--classes", type=int, help="Number of classes; 0: none.")
+@click.option("--epsilon", type=float, required=True, help="Privacy budget, 0.001 to 100; smaller is more private.")
+@click.option("--delta", type=float, help="Below 1/N; default: the power of ten at or below min(1e-5, 1/(10 N)).")
+@click.option("--yaml", "yaml_file", type=PATH, metavar="FILE", help="Write the settings there, not to the terminal.")
+def tune(
+    dataset_size: int | None,
+    resolution: str | None,
+    channels: int | None,
+    classes: int | None,
+    epsilon: float,
+    delta: float | None,
+    yaml_file: Path | None,
+) -> None:
+    """Settings for dpdm train --config: the recipe for --dataset-size, --resolution, --channels and --classes.
+
+    No image is read.
+    """
+    from dpdm import tune as tuning
+
+    facts = {"--dataset-size": dataset_size, "--resolution": resolution, "--channels": channels, "--classes": classes}
+    given = {name: value for name, value in facts.items() if value is not None}
+    if len(given) < len(facts):
+        missing = ", ".join(name for name in facts if name not in given)
+        raise InputError(f"Expected all of {', '.join(facts)}, got no {missing}: all are public facts of your images.")
+    side = _resolution(resolution)
+    if not isinstance(side, int):
+        raise InputError(f"Expected --resolution of a square, got {resolution}: models draw square images.")
+    text = tuning.recommend(tuning.Facts(dataset_size or 0, side, channels or 0, classes or 0, epsilon, delta))
+    _write_settings(text, yaml_file)
+
+
+def _write_settings(text: str, yaml_file: Path | None) -> None:
+    from dpdm import tune as tuning
+
+    if yaml_file is None:
+        print(text, end="")
+    else:
+        tuning.write_yaml(text, yaml_file)
+        print(f"Next: dpdm train --config {yaml_file} --workdir DIR -- data.path=IMAGES", file=sys.stderr)
+
+
+@app.command(
     short_help="Train a model with DP-SGD.",
     epilog="Example: dpdm train --workdir runs/mine -- data.path=FOLDER dp.epsilon=10 train.num_epochs=50",
 )

@@ -92,7 +92,8 @@ def test_epsilon_is_never_below_that_of_the_largest_of_some_gaussians(distributi
 def test_theorem_2_in_closed_form(mean: float, delta: float) -> None:
     """Of full batches r(a) = c a, and so all minima are known: min_b is at b = sqrt(ln(1/g) / c)."""
     c = 30 / (2 * 8.0**2)
-    for distribution, shape, g in (("geometric", 1, 1 / mean), ("logarithmic", 0, gamma_of(mean))):
+    cases: list[tuple[Distribution, int, float]] = [("geometric", 1, 1 / mean), ("logarithmic", 0, gamma_of(mean))]
+    for distribution, shape, g in cases:
         b = max(1.0, math.sqrt(math.log(1 / g) / c))
         constant = (1 + shape) * ((1 - 1 / b) * c * b + math.log(1 / g) / b)
         a = np.linspace(1.01, 400, 200_000)
