@@ -16,6 +16,7 @@ ROOMS = ("diffusion", "privacy", "data", "evaluation")
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("private_tuning",),
     ("tune",),
     ("synthesize", "audit"),
     ("evaluate", "verify"),

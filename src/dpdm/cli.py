@@ -25,6 +25,7 @@ from dpdm.workdir import Workdir, check_folder
 if TYPE_CHECKING:
     from dpdm.audit import RunAudit, StepAudit
     from dpdm.data.transforms import Resolution, Transform
+    from dpdm.privacy.accounting import Distribution
 
 PATH = click.Path(path_type=Path)
 Command = Callable[..., int | None]
@@ -211,31 +212,79 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
 
 
 @app.command(
-    short_help="Settings from public facts.",
-    epilog="Example: dpdm tune --dataset-size 60000 --resolution 28 --channels 1 --classes 10 --epsilon 1",
+    short_help="Settings from public facts, or by a charged choice.",
+    epilog="Examples: dpdm tune --dataset-size 60000 --resolution 28 --channels 1 --classes 10 --epsilon 1; dpdm tune "
+    "digits --epsilon 10 --mean-runs 3 --workdir runs/chosen",
 )
+@click.argument("words", nargs=-1, metavar="[SOURCE] [-- key=value ...]")
 @click.option("--dataset-size", type=int, help="N, number of private images.")
 @click.option("--resolution", metavar="WxH", help="Such as 28x28.")
 @click.option("--channels", type=int, help="1 (grey) or 3 (RGB).")
 @click.option("--classes", type=int, help="Number of classes; 0: none.")
 @click.option("--epsilon", type=float, required=True, help="Privacy budget, 0.001 to 100; smaller is more private.")
 @click.option("--delta", type=float, help="Below 1/N; default: the power of ten at or below min(1e-5, 1/(10 N)).")
+@click.option("--mean-runs", type=float, help="Choose on the private images of SOURCE: runs, on average.")
+@click.option(
+    "--runs-distribution",
+    type=click.Choice(["logarithmic", "geometric", "poisson"]),
+    default="logarithmic",
+    show_default=True,
+    help="Of the secret number of runs.",
+)
+@click.option("--candidates", type=PATH, metavar="FILE", help="YAML list of lists of key=value to choose from.")
+@click.option("--workdir", type=PATH, metavar="DIR", help="Folder of the chosen run, with --mean-runs.")
+@click.option("--transform", type=click.Choice(TRANSFORMS), help="As for dpdm synthesize.")
+@groups_option
 @click.option("--yaml", "yaml_file", type=PATH, metavar="FILE", help="Write the settings there, not to the terminal.")
 def tune(
+    words: tuple[str, ...],
     dataset_size: int | None,
     resolution: str | None,
     channels: int | None,
     classes: int | None,
     epsilon: float,
     delta: float | None,
+    mean_runs: float | None,
+    runs_distribution: "Distribution",
+    candidates: Path | None,
+    workdir: Path | None,
+    transform: "Transform | None",
+    groups: str | None,
     yaml_file: Path | None,
 ) -> None:
-    """Settings for dpdm train --config: the recipe for --dataset-size, --resolution, --channels and --classes.
+    """Settings for training: the recipe for public facts, or the best of some candidates, by a choice that is charged.
 
-    No image is read.
+    Without SOURCE: the recipe for --dataset-size, --resolution, --channels and --classes, for dpdm train --config. No
+    image is read.
+
+    With --mean-runs: candidates are trained on the private images of SOURCE, a secret random number of times, and the
+    best by a noisy score is kept in DIR, for dpdm release. --epsilon is for all of it.
     """
     from dpdm import tune as tuning
 
+    sources, overrides = [w for w in words if "=" not in w], tuple(w for w in words if "=" in w)
+    if len(sources) > 1:
+        raise InputError(f"Expected one SOURCE, got {' and '.join(sources)}.")
+    if mean_runs is not None:
+        from dpdm.private_tuning import SelectionRequest, select, summary
+        from dpdm.privacy.accounting import Repeats
+        from dpdm.synthesize import Request
+
+        if not sources or workdir is None:
+            raise InputError(
+                "Expected SOURCE and --workdir with --mean-runs, got not both: name the images, and a folder."
+            )
+        request = Request(sources[0], epsilon, delta, _resolution(resolution), transform, None, overrides, groups)
+        listed = None if candidates is None else tuning.read_candidates(candidates)
+        print(
+            summary(select(SelectionRequest(request, Repeats(mean_runs, runs_distribution), listed), Workdir(workdir)))
+        )
+        print(f"Next: dpdm release --workdir {workdir}", file=sys.stderr)
+        return
+    if sources:
+        raise InputError(
+            "Expected --mean-runs with SOURCE, got none: what is chosen on private images has to be charged."
+        )
     facts = {"--dataset-size": dataset_size, "--resolution": resolution, "--channels": channels, "--classes": classes}
     given = {name: value for name, value in facts.items() if value is not None}
     if len(given) < len(facts):

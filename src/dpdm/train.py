@@ -41,10 +41,13 @@ from dpdm.workdir import Workdir
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 
 
-def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Config, TrainState]:
+def train(
+    config: Config, workdir: Workdir, *, resume: bool = False, key: bytes | None = None
+) -> tuple[Config, TrainState]:
     """Trains until the plan is done, the budget is spent or somebody interrupts; returns the resolved config and state.
 
-    Called by every process of a group (see ``distributed``), it shares each step out among them.
+    Called by every process of a group (see ``distributed``), it shares each step out among them. A new run draws its
+    ``key``, of all its randomness, unless one is given that was used for nothing else.
 
     Guarantee: everything in the returned state but its curves is a function of mechanisms that are in the ledger. A
     killed run that is resumed never buys more than the plan: replayed steps are the same release, others are charged.
@@ -56,7 +59,7 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
     """
     lock = workdir.lock() if distributed.is_main() else nullcontext()
     with lock, _interruptible() as interrupted:
-        run, books, state = open_run(config, workdir, resume=resume)
+        run, books, state = open_run(config, workdir, resume=resume, key=key)
         if books:
             print(configs.to_yaml(run.config), file=sys.stderr)
             print(announcement(run), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""``dpdm tune``: settings from public facts alone, or from public stand-in images. What it writes ``dpdm train`` takes."""
+"""``dpdm tune``: settings for ``dpdm train``, from public facts alone or by trying them on public stand-in images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +12,13 @@ from dpdm.config import Config
 from dpdm.data.archive import Unit
 from dpdm.errors import InputError
 from dpdm.files import write_text
+from dpdm.plain_yaml import parse_yaml
 from dpdm.plan import Plan, make_plan
 from dpdm.privacy import accounting
 from dpdm.recipes import recipe
+from dpdm.untrusted import read_bytes
+
+MAX_CANDIDATES = 100
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,44 @@ def check_new(path: Path) -> None:
     """Raises InputError if there is something at ``path``."""
     if path.exists():
         raise InputError(f"Expected no file at {path}, got one: choose another name for --yaml.")
+
+
+def built_in_candidates(config: Config) -> tuple[tuple[str, ...], ...]:
+    """Returns variations of ``config`` that cost the same privacy: itself, learning rates, draws, preconditioning."""
+    rate, draws = config.optim.learning_rate, config.loss.noise_multiplicity
+    return (
+        (),
+        (f"optim.learning_rate={rate / 2:g}",),
+        (f"optim.learning_rate={2 * rate:g}",),
+        (f"loss.noise_multiplicity={4 * draws}",),
+        (f"model.denoiser={'v' if config.model.denoiser == 'edm' else 'edm'}",),
+    )
+
+
+def read_candidates(path: Path) -> tuple[tuple[str, ...], ...]:
+    """Returns the candidates in a YAML file, a list of lists of ``key=value``; an empty list is the recipe itself.
+
+    Raises:
+        InputError: if it is something else, holds fewer than two, one of them twice, or a key that is not known.
+    """
+    try:
+        content = parse_yaml(read_bytes(path.resolve(), configs.MAX_CONFIG_BYTES).decode("utf-8-sig"))
+    except ValueError as error:
+        raise InputError(f"Expected a YAML file at {path}, could not read it: {error}.") from None
+    if not isinstance(content, list) or not all(
+        isinstance(values, list) and all(isinstance(value, str) for value in values) for values in content
+    ):
+        raise InputError(
+            f"Expected a list of lists of key=value in {path}, got something else: - [optim.schedule=linear]"
+        )
+    found = tuple(tuple(values) for values in content)
+    if not 2 <= len(found) <= MAX_CANDIDATES or len(set(found)) != len(found):
+        raise InputError(
+            f"Expected 2 to {MAX_CANDIDATES} different candidates in {path}, got {len(found)}, or twice one."
+        )
+    for values in found:
+        configs.load([], values)
+    return found
 
 
 def _plan_lines(config: Config, plan: Plan) -> list[str]:

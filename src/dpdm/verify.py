@@ -140,8 +140,9 @@ def against(release: Path, archive: Path, images: Path | None = None) -> CopyRep
 def page(found: Findings) -> str:
     """Returns the one-page statement of a release in which nothing was found to be wrong."""
     first, second = found.epsilons
+    accountant = accounting.accountant_of(statement.parse(found.statement))
     checks = [
-        f"Epsilon, recomputed from the uses above: {first:.6g} by {accounting.ACCOUNTANT}; {second:.6g} by a second "
+        f"Epsilon, recomputed from the uses above: {first:.6g} by {accountant}; {second:.6g} by a second "
         f"accountant that shares no code with it; {float(found.statement['epsilon']):.6g} is stated.",
         f"Files: the {len(ALLOWED)} of a release and no others, unchanged since the statement was written. The weights "
         "are those of the network in config.json, the words those that dpdm writes of such a run; there is nothing "
