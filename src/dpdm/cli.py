@@ -266,14 +266,12 @@ def tune(
     if len(sources) > 1:
         raise InputError(f"Expected one SOURCE, got {' and '.join(sources)}.")
     if mean_runs is not None:
-        from dpdm.private_tuning import SelectionRequest, select, summary
         from dpdm.privacy.accounting import Repeats
+        from dpdm.private_tuning import SelectionRequest, select, summary
         from dpdm.synthesize import Request
 
         if not sources or workdir is None:
-            raise InputError(
-                "Expected SOURCE and --workdir with --mean-runs, got not both: name the images, and a folder."
-            )
+            raise InputError("Expected SOURCE and --workdir with --mean-runs, got not both: give images and a folder.")
         request = Request(sources[0], epsilon, delta, _resolution(resolution), transform, None, overrides, groups)
         listed = None if candidates is None else tuning.read_candidates(candidates)
         print(
@@ -282,9 +280,7 @@ def tune(
         print(f"Next: dpdm release --workdir {workdir}", file=sys.stderr)
         return
     if sources:
-        raise InputError(
-            "Expected --mean-runs with SOURCE, got none: what is chosen on private images has to be charged."
-        )
+        raise InputError("Expected --mean-runs with SOURCE, got none: a choice on private images has to be charged.")
     facts = {"--dataset-size": dataset_size, "--resolution": resolution, "--channels": channels, "--classes": classes}
     given = {name: value for name, value in facts.items() if value is not None}
     if len(given) < len(facts):

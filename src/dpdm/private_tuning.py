@@ -17,9 +17,9 @@ says that time is outside the guarantee.
 **When it is killed.** The whole selection is in the ledger, synced, before the first run, with an identity that names
 the data, the candidates, the key, the code and the machine. Nothing of it is on the disk before its end but the folder
 of the present run, which is removed when the same command is given again. That command begins at the first run, under
-the same key: number of runs, candidates, batches and noise are functions of it, so what is seen in the end is one output
-of the mechanism that was charged, however often and whenever it was stopped. With another identity it is refused, and
-stays charged.
+the same key: number of runs, candidates, batches and noise are functions of it, so what is seen in the end is one
+output of the mechanism that was charged, however often and whenever it was stopped. With another identity it is
+refused, and stays charged.
 """
 
 import contextlib

@@ -87,7 +87,7 @@ class ExactClassifier:
         self._weights = np.zeros((images[0].size, len(self.classes)), np.int64)
         self._bias = np.zeros(len(self.classes), np.int64)
         if len(self.classes) > 1:
-            index = evenly_per_class(labels, max(1, MAX_TRAIN_NUMBERS // images[0].size))
+            index = evenly_per_class(labels, min(len(labels), max(1, MAX_TRAIN_NUMBERS // images[0].size)))
             model = _fit(images[index], labels[index])
             coefficients, bias = np.asarray(model.coef_, np.float64), np.asarray(model.intercept_, np.float64)
             if len(coefficients) == 1:  # of two classes sklearn gives the second one's logit

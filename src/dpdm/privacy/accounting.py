@@ -299,7 +299,7 @@ def _epsilon(spends: Sequence[Spend], delta: float, *, accountant: str) -> float
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     selects = any(isinstance(spend, Selection) for spend in used)
     if selects or accountant == "rdp":
-        orders = SELECTION_ORDERS if selects else RDP_ORDERS
+        orders = RDP_ORDERS if accountant == "rdp" else SELECTION_ORDERS
         chosen: Any = rdp.RdpAccountant(orders=orders, neighboring_relation=relation)
     else:
         chosen = pld.PLDAccountant(relation)
