@@ -350,8 +350,8 @@ def test_by_the_command_line(source: str, tmp_path: Path, capfd: pytest.CaptureF
     assert Workdir(tmp_path / "w").checkpoint.exists()
     assert run_command(["tune", source, *words]) == 2
     assert "--workdir" in capfd.readouterr().err
-    assert run_command(["tune", source, "--epsilon", "1"]) == 2
-    assert "has to be charged" in capfd.readouterr().err
+    assert run_command(["tune", source, *words, "--public", "--workdir", str(tmp_path / "x")]) == 2
+    assert "Expected no --public with --mean-runs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

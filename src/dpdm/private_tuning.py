@@ -22,12 +22,10 @@ output of the mechanism that was charged, however often and whenever it was stop
 refused, and stays charged.
 """
 
-import contextlib
-import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -54,7 +52,7 @@ from dpdm.run import set_up
 from dpdm.statement import SCORE, planned_steps
 from dpdm.synthesize import Request, claim, configure, prepare_data, start_over
 from dpdm.train import train
-from dpdm.tune import built_in_candidates
+from dpdm.tune import built_in_candidates, silence
 from dpdm.workdir import Workdir
 
 SCORE_IMAGES = 2000  # synthetic images that the classifier learns from
@@ -143,7 +141,7 @@ def find_candidates(asked: SelectionRequest, workdir: Workdir, real: ImageArchiv
     base = configs.resolve(configure(request, workdir, real), real)
     if real.labels is None or not base.data.num_classes:
         raise InputError("Expected images with labels for --mean-runs, got none: runs are scored by a classifier.")
-    overrides = asked.candidates or built_in_candidates(base)
+    overrides = asked.candidates or built_in_candidates(base, same_cost=True)
     given = "" if asked.candidates is None else " (a list that the user gave, which is not accounted for)"
     selection = (
         f"chosen among {len(overrides)} candidates{given} by private selection on the private images, which epsilon "
@@ -276,7 +274,7 @@ def _one_run(
     folder = Workdir(workdir.private / "run")
     shutil.rmtree(folder.root, ignore_errors=True)
     try:
-        with _silence():
+        with silence():
             config, state = train(found.to_run(number), folder, key=noise.derive_key(key, "training"))
             state.curves.clear()
             denoiser = configs.build_denoiser(config)
@@ -342,10 +340,3 @@ def summary(result: dict[str, Any]) -> str:
         f"Chosen: {' '.join(result['chosen']) or 'the settings as they are'}; noisy score "
         f"{result['noisy_score']:.0f} of {result['num_records']} (noise {result['noise']:g}), which epsilon covers."
     )
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Drops what is printed meanwhile: it would tell of runs that nobody may see."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
