@@ -104,6 +104,20 @@ def test_theorem_2_in_closed_form(mean: float, delta: float) -> None:
         assert epsilon_with_selections([selection], [], delta) == pytest.approx(expected, rel=5e-4)
 
 
+def test_theorem_6_by_a_fine_grid() -> None:
+    """Of full batches r(a) = c a; delta at ln(1 + 1/(a - 1)) by the same conversion as epsilon, on a finer grid."""
+    c, mean, delta = 30 / (2 * 8.0**2), 20.0, 1e-5
+    b = np.linspace(1.01, 400, 20_000)
+    found = math.inf
+    for a in np.linspace(1.05, 30, 600):
+        logs = (b - 1) * (c * b - math.log(a / (a - 1)) + np.log1p(-1 / b)) - np.log(b)
+        bound = c * a + mean * math.exp(min(0.0, logs.min())) + math.log(mean) / (a - 1)
+        found = min(found, bound + math.log1p(-1 / a) - math.log(delta * a) / (a - 1))
+    selection = select(mean, "poisson", gaussian(8.0, 30))
+    assert epsilon_spent([selection], delta) == pytest.approx(found, rel=4e-3)
+    assert epsilon_with_selections([selection], [], delta) == pytest.approx(found, rel=1e-3)
+
+
 @pytest.mark.parametrize(("q", "sigma"), [(0.2, 1.3), (0.01, 0.5), (0.9, 20.0), (1.0, 2.0)])
 def test_moments_against_the_binomial_sum(q: float, sigma: float) -> None:
     """Of integer orders E[(W/B)^a] is a sum of a + 1 terms."""
