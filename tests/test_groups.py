@@ -22,6 +22,7 @@ from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError
 from dpdm.privacy import noise
+from dpdm.privacy.accounting import parts
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.ledger import Ledger
 from dpdm.synthesize import default_num_images
@@ -191,7 +192,7 @@ def test_batches_and_ledger_count_persons(archive: Path, tmp_path: Path, monkeyp
     train.train(config_for(archive, "train.num_iterations=1"), Workdir(tmp_path / "w"))
     assert asked == [(len(SIZES), BATCH / len(SIZES))]
     bought = Ledger(tmp_path / "w/private/ledger.jsonl")
-    assert [m.sampling_rate for m in bought.mechanisms()] == [BATCH / len(SIZES)]
+    assert [m.sampling_rate for m in parts(bought.mechanisms())] == [BATCH / len(SIZES)]
     assert (bought.header["plan"]["dataset_size"], bought.header["plan"]["unit"]) == (len(SIZES), "group")
 
 

@@ -16,6 +16,8 @@ ROOMS = ("diffusion", "privacy", "data", "evaluation")
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("private_tuning",),
+    ("tune",),
     ("synthesize", "audit", "half"),
     ("evaluate", "verify"),
     ("statement",),
@@ -77,6 +79,8 @@ WITHOUT_TORCH = (
     "privacy/auditing",
     "privacy/ledger",
     "privacy/second_accountant",
+    "privacy/second_selection",
+    "privacy/selection",
     "reference",
     "untrusted",
 )

@@ -10,7 +10,7 @@ from typing import Any
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS
 from dpdm.privacy import accounting
-from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.accounting import Mechanism, Spend, parts, spend_from
 from dpdm.privacy.ledger import Ledger
 from dpdm.untrusted import parse_json, read_bytes
 
@@ -21,7 +21,7 @@ NOISE_MULTIPLIER_RANGE = (0.1, 1e5)
 LARGEST_STEPS = 10**6
 LARGEST_DATASET = 10**10
 MAX_STATEMENT_BYTES = 2**20
-MAX_MECHANISMS = 100  # in one total; a run has two at most
+MAX_MECHANISMS = 100  # in one total; a run has three at most
 PUBLIC = (
     "Expected runs on private images, got {file} of a public model: it spends nothing of theirs and protects nobody on "
     "the public ones; leave it out."
@@ -104,7 +104,7 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
             the epsilon of one is none of the other.
         RunError: if a ledger is damaged.
     """
-    mechanisms: list[Mechanism] = []
+    mechanisms: list[Spend] = []
     deltas = [] if delta is None else [delta]
     persons: set[bool] = set()
     for file in files:
@@ -124,7 +124,7 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
                     raise InputError(PUBLIC.format(file=file))
                 if not statement["mechanisms"]:  # of converted weights
                     raise ValueError("one without mechanisms: what its weights give away is unknown")
-                mechanisms += [Mechanism(**m) for m in statement["mechanisms"]]
+                mechanisms += [spend_from(m) for m in statement["mechanisms"]]
                 deltas.append(float(statement["delta"]))
                 persons.add(statement["unit"] == UNITS["group"])
         except InputError:
@@ -134,9 +134,9 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     if len(persons) > 1:
         raise InputError("Expected runs that protect the same, got images in some and persons in others: add up each.")
     delta = delta if delta is not None else max(deltas)
-    if len(mechanisms) > MAX_MECHANISMS:
-        raise InputError(f"Expected at most {MAX_MECHANISMS} mechanisms in a total, got {len(mechanisms)}.")
-    for mechanism in mechanisms:
+    if len(parts(mechanisms)) > MAX_MECHANISMS:
+        raise InputError(f"Expected at most {MAX_MECHANISMS} mechanisms in a total, got {len(parts(mechanisms))}.")
+    for mechanism in parts(mechanisms):
         check_noise_multiplier(mechanism.noise_multiplier, f"noise_multiplier of {mechanism.name}")
     check_worth(mechanisms, delta)
     return {"epsilon": accounting.epsilon_spent(mechanisms, delta), "delta": delta, "num_runs": len(files)}
@@ -176,9 +176,9 @@ def check_steps(steps: int, name: str) -> None:
         raise InputError(f"Expected {name} >= 1 and <= {LARGEST_STEPS}, got {steps}: give another number of steps.")
 
 
-def check_worth(mechanisms: Sequence[Mechanism], delta: float) -> None:
+def check_worth(mechanisms: Sequence[Spend], delta: float) -> None:
     """Raises InputError for mechanisms whose epsilon promises nothing, before the accountant is asked for it."""
-    check_steps(max(1, sum(mechanism.num_steps for mechanism in mechanisms)), "the number of steps")
+    check_steps(max(1, sum(mechanism.num_steps for mechanism in parts(mechanisms))), "the number of steps")
     epsilon = accounting.rough_epsilon(mechanisms, delta)
     if epsilon > EPSILON_RANGE[1]:
         raise InputError(

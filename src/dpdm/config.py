@@ -257,7 +257,7 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     config = OmegaConf.structured(Config)
     _make_writable(config)
     passed_over: list[str] = []
-    asked = [*((str(file), _read_yaml(Path(file))) for file in files), ("the command line", _read_overrides(overrides))]
+    asked = [*((str(file), _read_yaml(Path(file))) for file in files), ("the command line", read_overrides(overrides))]
     for source, change in asked:
         check_plain(change, source)
         content, meaningless = reference.translate(change, source, beta_min=OmegaConf.select(config, "loss.beta_min"))
@@ -272,7 +272,7 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     return loaded
 
 
-def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Returns the sections that ``key=value`` pairs ask for; of two for the same key the later one wins."""
     merged: dict[str, Any] = {}
     for override in overrides:

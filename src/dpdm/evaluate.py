@@ -31,7 +31,7 @@ from dpdm.evaluation.report import (
 from dpdm.files import write_json
 from dpdm.generate import draw
 from dpdm.privacy import accounting
-from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.accounting import Mechanism, spend_from
 from dpdm.run import open_archive
 from dpdm.workdir import Workdir
 
@@ -218,10 +218,13 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
 
 
 def spending(statement: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps (P,) and the epsilon spent after each, from a statement; public."""
-    mechanisms = [Mechanism(**m) for m in statement["mechanisms"]]
+    """Returns steps (P,) and the epsilon spent after each, from a statement; public. None of a selection's steps.
+
+    A selection is paid for as a whole.
+    """
+    mechanisms = [spend_from(m) for m in statement["mechanisms"]]
     before = [m for m in mechanisms if m.name != "DP-SGD"]
-    training = [m for m in mechanisms if m.name == "DP-SGD"]
+    training = [m for m in mechanisms if isinstance(m, Mechanism) and m.name == "DP-SGD"]
     if not training:
         return np.empty(0), np.empty(0)
     last = training[0]

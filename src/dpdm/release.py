@@ -29,7 +29,7 @@ from dpdm.files import fsync, write_json, write_text
 from dpdm.initial import Source, read_sources, sentences
 from dpdm.plan import check_public
 from dpdm.privacy import accounting
-from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.accounting import Selection, Spend, parts
 from dpdm.privacy.ledger import Ledger
 from dpdm.released_files import network_shapes, to_half
 from dpdm.workdir import Workdir
@@ -135,7 +135,7 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
     state, facts = checkpoint.load(workdir.checkpoint)
     ledger = Ledger(workdir.ledger)
     checkpoint.check_accounted(state, facts, ledger)
-    if ledger.header["config"] != configs.run_hash(config):
+    if configs.run_hash(config) not in ledger.header.get("candidates", [ledger.header["config"]]):
         raise RunError(
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
             "the change."
@@ -219,7 +219,7 @@ def forget_keys(workdir: Workdir) -> None:
 
 def make_statement(
     config: Config,
-    mechanisms: list[Mechanism],
+    mechanisms: Sequence[Spend],
     plan: dict[str, Any],
     sources: Sequence[Source] = (),
     *,
@@ -233,6 +233,8 @@ def make_statement(
     statement's epsilon is not theirs.
     """
     dp, data, words = config.dp, config.data, WORDS[config.data.unit]
+    selects = any(isinstance(spend, Selection) for spend in mechanisms)
+    kept = "of the selected run" if selects else "that was kept"
     # Above 0, where the formula for groups would divide by 0; a larger epsilon is a weaker and so a true statement.
     epsilon = max(accounting.epsilon_spent(mechanisms, dp.delta), 1e-6)
     statement = {
@@ -240,7 +242,7 @@ def make_statement(
         "delta": dp.delta,
         "unit": UNITS[data.unit],
         "adjacency": words.adjacency,
-        "accountant": accounting.ACCOUNTANT,
+        "accountant": accounting.accountant_of(mechanisms),
         "dataset_size": plan["dataset_size"],
         "clipping_norm": dp.clipping_norm,
         "mechanisms": [m.as_dict() for m in mechanisms],
@@ -252,7 +254,7 @@ def make_statement(
             "class_names": list(data.class_names),
             "split": words.split,
         },
-        "threat_model": "the attacker sees the weights after every step that was kept, knows the code, the config and "
+        "threat_model": f"the attacker sees the weights after every step {kept}, knows the code, the config and "
         f"{words.others}, and has no key",
         "randomness": "ChaCha20 under a 256-bit key of the operating system, deleted from the run's folder at release",
         "floating_point": "clipping and summing are bounded with their rounding; the rounding inside the network's "
@@ -266,7 +268,9 @@ def make_statement(
         "not_covered": [
             *words.not_covered,
             *sentences(sources, UNITS[data.unit]),
-            "The choice of hyperparameters, and the choice of this run among several.",
+            "The choice of the candidates that the private selection had, and of this release among several."
+            if selects
+            else "The choice of hyperparameters, and the choice of this run among several.",
             "Everything in the private report: curves, timings, and figures computed on real images.",
             "What an observer of the machine sees: time, memory, power; copies of the run's folder that are continued.",
             "What can be concluded about a population: that is what the model is for.",
@@ -347,7 +351,7 @@ def claim_statement(config: Config, checkpoint_sha256: str) -> dict[str, Any]:
     }
 
 
-def _assumptions(mechanisms: list[Mechanism], planned_steps: int) -> list[str]:
+def _assumptions(mechanisms: Sequence[Spend], planned_steps: int) -> list[str]:
     assumptions = [
         "Batches are independent (Poisson) samples and the noise is Gaussian, up to ChaCha20 being "
         "indistinguishable from true randomness by any feasible computation.",
@@ -356,7 +360,12 @@ def _assumptions(mechanisms: list[Mechanism], planned_steps: int) -> list[str]:
         "If several processes trained together, nobody saw what they sent each other: sums of gradients without noise, "
         "not encrypted.",
     ]
-    steps = sum(m.num_steps for m in mechanisms if m.name == "DP-SGD")
+    if any(isinstance(spend, Selection) for spend in mechanisms):
+        assumptions.append(
+            "Of the runs that were not selected nobody saw anything: no weights, no score, no curve, nor how many runs "
+            "there were."
+        )
+    steps = sum(m.num_steps for m in parts(mechanisms) if m.name == "DP-SGD")
     if steps < planned_steps:
         assumptions.append(
             f"Training ended after {steps} of {planned_steps} steps, not because of anything seen in the "
@@ -458,11 +467,7 @@ def model_card(statement: dict[str, Any], config: Config) -> str:
     images, label = f"{statement['dataset_size']} private images", " and its label"
     if data.unit == "group":
         images, label = f"the private images of {statement['dataset_size']} persons", ""
-    mechanisms = "\n".join(
-        f"- {m['name']}: {m['num_steps']} uses, sampling rate {m['sampling_rate']:.4g}, noise multiplier "
-        f"{m['noise_multiplier']:g}"
-        for m in statement["mechanisms"]
-    )
+    mechanisms = "\n".join(line for entry in statement["mechanisms"] for line in _bullets(entry))
     beginning = _beginning(statement)
     return f"""# {data.name or "Private images"}: a differentially private diffusion model
 
@@ -501,6 +506,20 @@ def _beginning(statement: Mapping[str, Any]) -> str:
         return ""
     then = "".join(f", and that with {kind}" for kind in kinds[1:])
     return f"\nTraining began with the weights of {kinds[0]}{then}; `privacy.json` says whom that leaves uncovered.\n"
+
+
+def _bullets(entry: Mapping[str, Any]) -> list[str]:
+    """Returns a mechanism of a statement as a line, a selection as one and those of what it repeats."""
+    if "base" in entry:
+        head = (
+            f"- {entry['name']}: {entry['mean_runs']:g} runs on average ({entry['distribution']}), of which the one of "
+            "the best noisy score was kept; each of"
+        )
+        return [head, *(f"  {line}" for part in entry["base"] for line in _bullets(part))]
+    return [
+        f"- {entry['name']}: {entry['num_steps']} uses, sampling rate {entry['sampling_rate']:.4g}, noise multiplier "
+        f"{entry['noise_multiplier']:g}"
+    ]
 
 
 def claim_card(statement: Mapping[str, Any], config: Config) -> str:

@@ -150,8 +150,12 @@ class Books:
         checkpoint.save(self.workdir.checkpoint, state, facts)
 
 
-def open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, Books | None, TrainState]:
+def open_run(
+    config: Config, workdir: Workdir, *, resume: bool, key: bytes | None = None
+) -> tuple[Run, Books | None, TrainState]:
     """Returns a new run, or an old one at its last checkpoint; its books on rank 0, whose state the others get.
+
+    A new run's randomness comes from ``key``, or from one that is drawn.
 
     Raises:
         InputError: for a config that does not fit, an existing run without ``resume``, or the reverse.
@@ -159,7 +163,7 @@ def open_run(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, Bo
     opened: list[tuple[Run, Books, TrainState]] = []
 
     def open_books() -> tuple[Config, Path, Plan, str, int]:
-        run, books, state = _open_books(config, workdir, resume=resume)
+        run, books, state = _open_books(config, workdir, resume=resume, new_key=key)
         opened.append((run, books, state))
         return run.config, run.archive.path.resolve(), run.plan, run.data_fingerprint, run.physical_batch_size
 
@@ -178,7 +182,7 @@ def _join(
     config: Config, path: Path, plan: Plan, fingerprint: str, physical_batch_size: int
 ) -> tuple[Run, None, TrainState]:
     """Returns what a process other than rank 0 works with, on its own copy of the images."""
-    device = _set_up(config)
+    device = set_up(config)
     archive = ImageArchive(path, config.data.unit)
     if archive.fingerprint() != fingerprint:
         raise InputError(f"Expected the same images at {path} on every machine, got others: copy the archive anew.")
@@ -188,7 +192,8 @@ def _join(
     return run, None, fresh_state(denoiser, config.model.ema_rates)
 
 
-def _set_up(config: Config) -> torch.device:
+def set_up(config: Config) -> torch.device:
+    """Returns the device, after settings that make its arithmetic repeatable."""
     device = pick_device(config.setup.device)
     use_full_precision()
     if device.type == "cpu":
@@ -249,7 +254,9 @@ def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
     return ImageArchive(workdir.train_archive, config.data.unit)
 
 
-def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run, Books, TrainState]:
+def _open_books(
+    config: Config, workdir: Workdir, *, resume: bool, new_key: bytes | None
+) -> tuple[Run, Books, TrainState]:
     exists = workdir.ledger.exists()
     if exists and not resume:
         raise InputError(f"Expected no run in {workdir.root}, got one: add --resume, or choose another --workdir.")
@@ -273,7 +280,7 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
         raise InputError(
             f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
         )
-    device = _set_up(config)
+    device = set_up(config)
     given = Path(config.data.path or "") == workdir.train_archive
     try:
         archive = open_archive(config, workdir)
@@ -291,7 +298,7 @@ def _open_books(config: Config, workdir: Workdir, *, resume: bool) -> tuple[Run,
     if exists:
         key = _read_key(workdir)
     else:
-        key = noise.new_key() if config.dp.seed is None else noise.test_key(config.dp.seed)
+        key = (new_key or noise.new_key()) if config.dp.seed is None else noise.test_key(config.dp.seed)
     fingerprint = archive.fingerprint()
     header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": configs.run_hash(config)}
     header["key"] = noise.derive_key(key, "its name in the ledger").hex()

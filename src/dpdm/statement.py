@@ -16,12 +16,13 @@ from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS
 from dpdm.initial import Source, read_sources
-from dpdm.privacy import accounting, second_accountant
-from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy import accounting, second_accountant, second_selection
+from dpdm.privacy.accounting import Mechanism, Selection, Spend, parts, spend_from
 from dpdm.release import ALLOWED, LIBRARIES, WORDS, make_statement, public_statement
 from dpdm.untrusted import clean
 
 KNOWN_MECHANISMS = ("DP-SGD", "central images", "central covariances")
+SCORE = "noisy score"  # of a run that a private selection chooses by
 # A statement's epsilon is the first accountant's own number: the rounding of floats apart they are equal. The second
 # accountant is within 0.1 % of the truth and, like the first, never below it; so a second number that is larger by more
 # than that shows that the first is wrong. Where a use costs next to nothing the first is far above the truth.
@@ -47,7 +48,7 @@ class Recomputed:
     notices: list[str] = field(default_factory=list)
 
 
-def parse(statement: Any) -> list[Mechanism]:
+def parse(statement: Any) -> list[Spend]:
     """Returns the statement's mechanisms, after a look at all that is counted with; none if its weights were converted.
 
     Raises:
@@ -63,7 +64,7 @@ def parse(statement: Any) -> list[Mechanism]:
         raise ValueError("mechanisms is no list")
     if not isinstance(files, dict) or set(files) != set(ALLOWED) - {"privacy.json"}:
         raise ValueError("files does not name the three files beside it")
-    mechanisms = [_mechanism(entry) for entry in entries]
+    mechanisms = [_spend(entry) for entry in entries]
     if mechanisms:
         for name in ("epsilon", "delta", "clipping_norm"):
             if not _is_number(statement[name]) or not statement[name] > 0:
@@ -76,17 +77,16 @@ def parse(statement: Any) -> list[Mechanism]:
     return mechanisms
 
 
-def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Config) -> Recomputed:
+def recompute(statement: dict[str, Any], mechanisms: list[Spend], config: Config) -> Recomputed:
     """Holds a statement with mechanisms, after ``parse``, against accountants, config and our own words."""
     found = Recomputed()
-    unknown = sorted({m.name for m in mechanisms} - set(KNOWN_MECHANISMS))
-    if unknown or len(mechanisms) != len({m.name for m in mechanisms}):
-        what = f"what {clean(unknown[0], 60)} does is not known here" if unknown else "a mechanism is named twice"
+    what = _unknown(mechanisms)
+    if what is not None:
         found.problems.append(f"{what}, so epsilon cannot be recomputed")
         return found
     stated, delta = float(statement["epsilon"]), float(statement["delta"])
     try:
-        second = second_accountant.epsilon_upper_bound(mechanisms, delta)
+        second = _second(mechanisms, delta)
     except InputError as error:
         found.problems.append(f"epsilon cannot be recomputed: {clean(error)}")
         return found
@@ -96,7 +96,7 @@ def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Co
     if second > LARGEST_EPSILON:
         found.problems.append(f"an epsilon above {LARGEST_EPSILON:g} promises nothing and is not recomputed twice")
         return found
-    if sum(mechanism.num_steps for mechanism in mechanisms) > account.LARGEST_STEPS:
+    if sum(mechanism.num_steps for mechanism in parts(mechanisms)) > account.LARGEST_STEPS:
         found.problems.append(f"an epsilon of more than {account.LARGEST_STEPS} steps is not recomputed twice")
         return found
     size = statement["dataset_size"]
@@ -121,10 +121,10 @@ def recompute(statement: dict[str, Any], mechanisms: list[Mechanism], config: Co
     return found
 
 
-def against_config(statement: dict[str, Any], mechanisms: list[Mechanism], config: Config) -> list[str]:
+def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: Config) -> list[str]:
     """Returns what in a statement is not as the config would have it."""
     dp, train, size = config.dp, config.train, statement["dataset_size"]
-    delta, used = statement["delta"], {m.name: m for m in mechanisms}
+    delta, used = statement["delta"], {m.name: m for m in parts(mechanisms)}
     bought = {m.name: m for m in train.warmup.mechanisms()}
     facts: list[tuple[str, Any, Any]] = [
         ("differential privacy", True, dp.enabled),
@@ -207,6 +207,46 @@ def no_guarantee(statement: Mapping[str, Any]) -> str:
         f"no mechanism is named, so its claim (epsilon {clean(claim.get('epsilon'), 40)}, delta "
         f"{clean(claim.get('delta'), 40)}) cannot be recomputed: there is no guarantee that could be verified"
     )
+
+
+def _unknown(mechanisms: list[Spend]) -> str | None:
+    """Returns what in the mechanisms dpdm would not write of a run; None if there is nothing."""
+    known: set[str] = set(KNOWN_MECHANISMS)
+    selections = [spend for spend in mechanisms if isinstance(spend, Selection)]
+    if selections:
+        known.add(SCORE)
+        if len(mechanisms) > 1 or selections[0].name != accounting.SELECTION:
+            return "beside a private selection there is something else"
+        if not {"DP-SGD", SCORE} <= {part.name for part in selections[0].base}:
+            return "a private selection lacks its training or its score"
+    names = [part.name for part in parts(mechanisms)]
+    unknown = sorted(set(names) - known)
+    if unknown:
+        return f"what {clean(unknown[0], 60)} does is not known here"
+    return "a mechanism is named twice" if len(names) != len(set(names)) else None
+
+
+def _second(mechanisms: list[Spend], delta: float) -> float:
+    """Returns epsilon by the second accountant, which has a part of its own for selections."""
+    selections = [spend for spend in mechanisms if isinstance(spend, Selection)]
+    others = [spend for spend in mechanisms if isinstance(spend, Mechanism)]
+    if selections:
+        return second_selection.epsilon_with_selections(selections, others, delta)
+    return second_accountant.epsilon_upper_bound(others, delta)
+
+
+def _spend(entry: Any) -> Spend:
+    if not isinstance(entry, dict) or "base" not in entry:
+        return _mechanism(entry)
+    if set(entry) != {"name", "mean_runs", "distribution", "base"}:
+        raise ValueError("a selection is not made of name, mean_runs, distribution and base")
+    if not isinstance(entry["name"], str) or not isinstance(entry["distribution"], str):
+        raise ValueError("a selection has a name or a distribution that is no word")
+    if not _is_number(entry["mean_runs"]) or not isinstance(entry["base"], list):
+        raise ValueError("a selection has a number that is none, or a base that is no list")
+    for part in entry["base"]:
+        _mechanism(part)
+    return spend_from(entry)
 
 
 def _mechanism(entry: Any) -> Mechanism:

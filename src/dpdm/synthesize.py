@@ -81,7 +81,7 @@ def synthesize(request: Request, workdir: Workdir) -> dict[str, Any]:
         InputError: if ``workdir`` holds another request's run, a finished one, or other files.
     """
     with workdir.lock():
-        _claim(request, workdir)
+        claim(request, request.source, workdir, finished=workdir.shareable)
         return _go_on(request, workdir)
 
 
@@ -204,7 +204,12 @@ def start_over(workdir: Workdir) -> None:
         workdir.root.rmdir()
 
 
-def _claim(request: Request, workdir: Workdir) -> None:
+def claim(request: Any, source: str, workdir: Workdir, *, finished: Path) -> None:
+    """Notes ``request``, a dataclass, in an empty folder; in another one checks that this very request is under way.
+
+    Raises:
+        InputError: if the folder holds something else, or the file ``finished``, or there is no such source.
+    """
     note = workdir.private / "request.json"
     asked = json.loads(json.dumps(asdict(request)))
     if note.exists():
@@ -213,7 +218,7 @@ def _claim(request: Request, workdir: Workdir) -> None:
                 f"Expected an empty folder or this very request in {workdir.root}, got another request: "
                 "choose another --workdir."
             )
-        if workdir.shareable.exists():
+        if finished.exists():
             raise InputError(
                 f"Expected an unfinished run in {workdir.root}, got a finished one: give another --workdir."
             )
@@ -224,7 +229,7 @@ def _claim(request: Request, workdir: Workdir) -> None:
         raise InputError(
             f"Expected an empty folder {workdir.root}, got one that holds a run ({found[0]}): choose another --workdir."
         )
-    _check_source(request.source)
+    _check_source(source)
     write_json(note, asked)
 
 

@@ -48,10 +48,13 @@ SECONDS_BETWEEN_CHECKPOINTS = 300.0
 NOBODY = np.zeros(0, np.int64)
 
 
-def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Config, TrainState]:
+def train(
+    config: Config, workdir: Workdir, *, resume: bool = False, key: bytes | None = None
+) -> tuple[Config, TrainState]:
     """Trains until the plan is done, the budget is spent or somebody interrupts; returns the resolved config and state.
 
-    Called by every process of a group (see ``distributed``), it shares each step out among them.
+    Called by every process of a group (see ``distributed``), it shares each step out among them. A new run draws its
+    ``key``, of all its randomness, unless one is given that was used for nothing else.
 
     Guarantee: everything in the returned state but its curves is a function of mechanisms that are in the ledger, and
     of ``model.init``; unless ``dp.enabled=false``, of images that are declared public: then there is none.
@@ -65,7 +68,7 @@ def train(config: Config, workdir: Workdir, *, resume: bool = False) -> tuple[Co
     """
     lock = workdir.lock() if distributed.is_main() else nullcontext()
     with lock, _interruptible() as interrupted:
-        run, books, state = open_run(config, workdir, resume=resume)
+        run, books, state = open_run(config, workdir, resume=resume, key=key)
         if books:
             print(configs.to_yaml(run.config), file=sys.stderr)
             print(announcement(run, read_sources(books.ledger.header["initial_weights"])), file=sys.stderr, flush=True)

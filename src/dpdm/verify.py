@@ -164,8 +164,9 @@ def page(found: Findings) -> str:
     if found.is_public:
         return public_page(_safe(found.statement), checks, PUBLIC_LIMITS)
     first, second = found.epsilons
+    accountant = accounting.accountant_of(statement.parse(found.statement))
     recomputed = (
-        f"Epsilon, recomputed from the uses above: {first:.6g} by {accounting.ACCOUNTANT}; {second:.6g} by a second "
+        f"Epsilon, recomputed from the uses above: {first:.6g} by {accountant}; {second:.6g} by a second "
         f"accountant that shares no code with it; {float(found.statement['epsilon']):.6g} is stated."
     )
     return one_page(_safe(found.statement), [recomputed, *checks], LIMITS)

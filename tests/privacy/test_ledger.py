@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dpdm.errors import RunError
-from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.accounting import Mechanism, Repeats, Selection, parts
 from dpdm.privacy.ledger import Ledger
 
 STEP = Mechanism("DP-SGD", 0.25, 1.9, 1)
@@ -43,11 +43,23 @@ def test_mechanisms_with_different_parameters_are_kept_apart(ledger: Ledger) -> 
     ledger.reserve(STEP, "a")
     ledger.reserve(Mechanism("DP-SGD", 0.25, 1.5, 1), "b")
     ledger.reserve(Mechanism("central images", 1.0, 5.0, 1), "c")
-    assert {(m.name, m.noise_multiplier, m.num_steps) for m in Ledger(ledger.path).mechanisms()} == {
+    assert {(m.name, m.noise_multiplier, m.num_steps) for m in parts(Ledger(ledger.path).mechanisms())} == {
         ("DP-SGD", 1.9, 1),
         ("DP-SGD", 1.5, 1),
         ("central images", 5.0, 1),
     }
+
+
+def test_a_selection_is_bought_as_a_whole_and_each_one_counts(ledger: Ledger) -> None:
+    base = (Mechanism("central images", 1.0, 5.0, 1), Mechanism("DP-SGD", 0.25, 1.9, 40))
+    selection = Selection("private selection", base, Repeats(3.0, "geometric"))
+    assert ledger.reserve(selection, "a")
+    assert not Ledger(ledger.path).reserve(selection, "a")
+    assert Ledger(ledger.path).mechanisms() == [selection]
+    assert Ledger(ledger.path).spent("DP-SGD") == 40
+    ledger.reserve(selection, "b")
+    ledger.reserve(STEP, "c")
+    assert Ledger(ledger.path).mechanisms() == [selection, selection, STEP]
 
 
 def test_a_reservation_that_was_being_written_is_dropped(ledger: Ledger) -> None:

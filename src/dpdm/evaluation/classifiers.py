@@ -14,6 +14,7 @@ from dpdm.errors import InputError
 
 MAX_TRAIN_NUMBERS = 20_000_000  # images times pixels; about a minute on two CPU cores
 MAX_ITERATIONS = 1000
+WEIGHT_BITS = 24  # of an integer weight; with pixels of 8 bits a sum over 2^30 of them fits 63
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,43 @@ def logistic_regression_accuracy(
         index = evenly_per_class(train_labels, limit)
         notes.append(f"trained on {len(index):,} of {len(train_images):,} images, taken evenly from each class")
         train_images, train_labels = train_images[index], train_labels[index]
-    model = LogisticRegression(max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
-        # Said in the note instead, where the reader of the number sees it.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(_flat_pixels(train_images), train_labels)
+    model = _fit(train_images, train_labels)
     if int(np.max(model.n_iter_)) >= MAX_ITERATIONS:
         notes.append(f"stopped after {MAX_ITERATIONS:,} iterations before it converged")
     value = float(np.mean(model.predict(_flat_pixels(test_images)) == test_labels))
     return Accuracy(value, len(train_images), len(test_images), "; ".join(notes))
+
+
+class ExactClassifier:
+    """Multinomial logistic regression whose predictions are computed in integers.
+
+    Guarantee: what is predicted of an image is a function of the images that were learned from and of this image alone.
+    In floating point it would depend, by rounding, on the images beside it.
+
+    Args:
+        images: (N, C, H, W) uint8 to learn from, N >= 1.
+        labels: (N,) integers; with a single class that one is always predicted.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        _check_set("train", images, labels)
+        self.classes = np.unique(labels)
+        self._weights = np.zeros((images[0].size, len(self.classes)), np.int64)
+        self._bias = np.zeros(len(self.classes), np.int64)
+        if len(self.classes) > 1:
+            index = evenly_per_class(labels, min(len(labels), max(1, MAX_TRAIN_NUMBERS // images[0].size)))
+            model = _fit(images[index], labels[index])
+            coefficients, bias = np.asarray(model.coef_, np.float64), np.asarray(model.intercept_, np.float64)
+            if len(coefficients) == 1:  # of two classes sklearn gives the second one's logit
+                coefficients, bias = np.concatenate([-coefficients, coefficients]) / 2, np.array([-1, 1]) * bias / 2
+            scale = 2.0**WEIGHT_BITS / max(np.abs(coefficients).max(), np.abs(bias).max(), 1e-300)
+            self._weights = np.rint(coefficients.T * scale).astype(np.int64)
+            self._bias = np.rint(255 * bias * scale).astype(np.int64)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Returns the classes of (n, C, H, W) uint8 images, (n,); of equally likely ones the first."""
+        logits = images.reshape(len(images), -1).astype(np.int64) @ self._weights + self._bias
+        return self.classes[logits.argmax(axis=1)]
 
 
 def majority_accuracy(train_labels: np.ndarray, test_labels: np.ndarray) -> Accuracy:
@@ -103,6 +132,14 @@ def evenly_per_class(labels: np.ndarray, limit: int) -> np.ndarray:
         count = max(1, len(index) * limit // len(labels))
         picked.append(index[np.arange(count) * len(index) // count])
     return np.sort(np.concatenate(picked))
+
+
+def _fit(images: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    model = LogisticRegression(max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings():
+        # Said in a note instead, where the reader of the number sees it.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(_flat_pixels(images), labels)
 
 
 def _flat_pixels(images: np.ndarray) -> np.ndarray:

@@ -46,6 +46,7 @@ class Guarantee:
     mechanisms: tuple[Mechanism, ...]
     assumptions: tuple[str, ...]
     not_covered: tuple[str, ...]
+    repeated: str = ""  # how often all mechanisms were run, where a private selection kept the best run
 
     def __post_init__(self) -> None:
         _check_parameters(self.epsilon, self.delta)
@@ -72,8 +73,10 @@ class Guarantee:
             )
         mechanisms = tuple(
             Mechanism(m["name"], m["sampling_rate"], m["noise_multiplier"], m["num_steps"])
-            for m in statement["mechanisms"]
+            for entry in statement["mechanisms"]
+            for m in entry.get("base", [entry])
         )
+        repeated = [f"{m['mean_runs']:g} ({m['distribution']})" for m in statement["mechanisms"] if "base" in m]
         return cls(
             epsilon=statement["epsilon"],
             delta=statement["delta"],
@@ -85,6 +88,7 @@ class Guarantee:
             mechanisms=mechanisms,
             assumptions=tuple(statement["assumptions"]),
             not_covered=tuple(statement["not_covered"]),
+            repeated=", ".join(repeated),
         )
 
 

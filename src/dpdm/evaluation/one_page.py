@@ -13,6 +13,7 @@ MEANING = {
     "DP-SGD": "DP-SGD (training in noisy steps)",
     "central images": "Central images (a noisy average of each class)",
     "central covariances": "Central covariances (noisy measures of how each class's images differ)",
+    "noisy score": "Noisy score (how many are told right by a classifier that learned from synthetic images)",
 }
 RESTS_ON = {
     "threat_model": "Who attacks",
@@ -108,6 +109,12 @@ def _group(size: str, group: Mapping[str, Any], noun: str) -> str:
 
 
 def _mechanisms(guarantee: Guarantee) -> Iterator[str]:
+    if guarantee.repeated:
+        yield (
+            "Private selection: all of this was done a secret random number of times, on average "
+            f"{guarantee.repeated}, each time anew, with settings drawn from a list, and only the model of the best "
+            "noisy score was kept. Epsilon counts all of it."
+        )
     for mechanism in guarantee.mechanisms:
         yield f"{MEANING.get(mechanism.name, mechanism.name)}: {_use(mechanism, guarantee.noun)}"
     yield f"In a step of training the pull of {guarantee.unit} was cut to length {guarantee.clipping_norm:g}."

@@ -4,17 +4,21 @@ Adjacency throughout: *add or remove one record*, with the number of records N t
 
 The accountant is the privacy loss distribution (PLD) of Google's ``dp-accounting`` with pessimistic rounding, so every
 epsilon returned here is an upper bound on the mechanism's true one (Koskela et al. 2020, arXiv 1906.03049; Doroshenko
-et al. 2022, arXiv 2207.04380).
+et al. 2022, arXiv 2207.04380). Where a private selection is among the mechanisms, all are counted in Renyi differential
+privacy, in which alone its cost is known (Papernot and Steinke 2022, arXiv 2110.03620).
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dpdm.errors import InputError
 
 ACCOUNTANT = "PLD (dp-accounting, pessimistic discretisation)"
+SELECTION_ACCOUNTANT = "RDP (dp-accounting; for repeating and selecting Papernot and Steinke 2022, arXiv 2110.03620)"
 ADJACENCY = "add or remove one record"
 NOISE_MULTIPLIER_DIGITS = 5  # calibrated noise multipliers are rounded up to so many significant digits
 
@@ -24,6 +28,21 @@ SMALLEST_DELTA = 1e-13  # with less the accountant's cut tails alone make epsilo
 LARGEST_EXPONENT = 700.0  # e to this power is still a float
 
 RDP_ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)  # integers: no series that may not converge
+# Of a selection, where an order that is left out costs up to a tenth of the noise. A fractional order whose series does
+# not converge counts as infinite, others as a bound that is above the truth.
+SELECTION_ORDERS = (
+    *(1.02, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9),
+    *(2 + i / 8 for i in range(16)),
+    *(4 + i / 4 for i in range(16)),
+    *range(8, 33),
+    *(36, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512),
+)
+
+# How the number of runs is distributed, as the shape of a truncated negative binomial distribution; infinite: Poisson.
+Distribution = Literal["logarithmic", "geometric", "poisson"]
+SHAPES: dict[str, float] = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
+MEAN_RUNS = (1.01, 100.0)
+SELECTION = "private selection"
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,81 @@ class Mechanism:
         return asdict(self)
 
 
-def epsilon_spent(mechanisms: Sequence[Mechanism], delta: float) -> float:
+@dataclass(frozen=True)
+class Repeats:
+    """How often a selection runs what it selects from: a secret random number.
+
+    Attributes:
+        mean_runs: its expectation, from 1.01 to 100.
+        distribution: of the truncated negative binomial family logarithmic (shape 0) or geometric (shape 1), which are
+            at least 1; or poisson, which may be 0: then nothing is selected.
+    """
+
+    mean_runs: float
+    distribution: Distribution = "logarithmic"
+
+    def __post_init__(self) -> None:
+        low, high = MEAN_RUNS
+        if not low <= self.mean_runs <= high:
+            raise InputError(f"Expected {low:g} <= mean_runs <= {high:g}, got {self.mean_runs}: 3 is usual.")
+        if self.distribution not in get_args(Distribution):
+            raise InputError(
+                f"Expected distribution to be one of {list(get_args(Distribution))}, got {self.distribution!r}."
+            )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Private selection: ``base`` runs a random number of times, and only what the run of the best score gave is seen.
+
+    Attributes:
+        name: what bought it, for the statement.
+        base: what each single run uses, its score included; each run has its own randomness.
+        repeats: how many runs there are.
+    """
+
+    name: str
+    base: tuple[Mechanism, ...]
+    repeats: Repeats
+
+    def __post_init__(self) -> None:
+        if not any(mechanism.num_steps for mechanism in self.base):
+            raise InputError(f"Expected a base that uses something, got {self.base} ({self.name}).")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self.repeats), "base": [mechanism.as_dict() for mechanism in self.base]}
+
+
+Spend = Mechanism | Selection
+
+
+def spend_from(entry: Mapping[str, Any]) -> Spend:
+    """Returns what ``as_dict`` made an entry of.
+
+    Raises:
+        TypeError: if a name is missing, or one too many.
+        InputError: if a value is out of range.
+    """
+    if "base" not in entry:
+        return Mechanism(**entry)
+    entry = dict(entry)
+    base, name = tuple(Mechanism(**part) for part in entry.pop("base")), entry.pop("name", None)
+    if not isinstance(name, str):
+        raise TypeError("a selection without a name")
+    return Selection(name, base, Repeats(**entry))
+
+
+def parts(spends: Sequence[Spend]) -> list[Mechanism]:
+    """Returns the mechanisms themselves, those that a selection repeats once: what a selected model was made by."""
+    return [part for spend in spends for part in (spend.base if isinstance(spend, Selection) else (spend,))]
+
+
+def accountant_of(spends: Sequence[Spend]) -> str:
+    """Returns which accountant ``epsilon_spent`` asks about them."""
+    return SELECTION_ACCOUNTANT if any(isinstance(spend, Selection) for spend in spends) else ACCOUNTANT
+
+
+def epsilon_spent(mechanisms: Sequence[Spend], delta: float) -> float:
     """Returns an upper bound on epsilon of the adaptive composition of all mechanisms, at ``delta``.
 
     Guarantee: the joint output of the mechanisms is (returned epsilon, delta)-differentially private with respect to
@@ -65,13 +158,13 @@ def epsilon_spent(mechanisms: Sequence[Mechanism], delta: float) -> float:
         delta: in [1e-13, 1).
     """
     _check_delta(delta)
-    return _epsilon(tuple(m for m in mechanisms if m.num_steps > 0), delta, accountant="pld")
+    return _epsilon(mechanisms, delta, accountant="pld")
 
 
-def rough_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
+def rough_epsilon(mechanisms: Sequence[Spend], delta: float) -> float:
     """Returns a looser upper bound than ``epsilon_spent``, by Renyi differential privacy, in a moment."""
     _check_delta(delta)
-    return _epsilon(tuple(m for m in mechanisms if m.num_steps > 0), delta, accountant="rdp")
+    return _epsilon(mechanisms, delta, accountant="rdp")
 
 
 def calibrate_noise_multiplier(
@@ -81,11 +174,13 @@ def calibrate_noise_multiplier(
     num_steps: int,
     *,
     others: Sequence[Mechanism] = (),
+    repeats: Repeats | None = None,
 ) -> float:
     """Returns the smallest noise multiplier (about; 5 digits, rounded up) that keeps the whole within ``epsilon``.
 
-    Guarantee: ``epsilon_spent([*others, Mechanism(sampling_rate, returned, num_steps)], delta) <= epsilon``; the
-    returned value itself was checked, not its neighbour before rounding.
+    Guarantee: ``epsilon_spent([*others, Mechanism(sampling_rate, returned, num_steps)], delta) <= epsilon``, or that of
+    the selection that ``repeats`` all of these; the returned value itself was checked, not its neighbour before
+    rounding.
 
     Args:
         epsilon: the whole budget, > 0.
@@ -93,6 +188,7 @@ def calibrate_noise_multiplier(
         sampling_rate: q in (0, 1].
         num_steps: >= 1.
         others: what else is bought from the same budget (a warm-up, say).
+        repeats: how often all of it runs in a private selection; None: once, without one.
 
     Raises:
         InputError: if ``others`` alone pass the budget, or an argument is out of range.
@@ -104,14 +200,17 @@ def calibrate_noise_multiplier(
     if num_steps < 1:
         raise InputError(f"Expected num_steps >= 1, got {num_steps}: train for longer.")
 
+    def whole(*base: Mechanism) -> tuple[Spend, ...]:
+        return base if repeats is None else (Selection(SELECTION, base, repeats),)
+
     def spent(noise_multiplier: float, accountant: str = "pld") -> float:
         steps = Mechanism("DP-SGD", sampling_rate, noise_multiplier, num_steps)
-        return _epsilon((*others, steps), delta, accountant=accountant)
+        return _epsilon(whole(*others, steps), delta, accountant=accountant)
 
-    if others and epsilon_spent(others, delta) >= epsilon:
+    if others and (apart := epsilon_spent(whole(*others), delta)) >= epsilon:
         raise InputError(
-            f"Expected the warm-up to cost less than epsilon={epsilon}, got {epsilon_spent(others, delta):.4g}: "
-            "raise train.warmup.noise_multiplier."
+            f"Expected the {' and the '.join(m.name for m in others)} to cost less than epsilon={epsilon}, got "
+            f"{apart:.4g}: raise train.warmup.noise_multiplier."
         )
     # The Renyi accountant is fast and nearly always above PLD, so its answer is the place to start from.
     start = _bisect(lambda sigma: spent(sigma, "rdp"), epsilon, low=1e-2, high=_rdp_ceiling(spent, epsilon))
@@ -194,23 +293,48 @@ def _check_epsilon(epsilon: float) -> None:
         raise InputError(f"Expected a finite epsilon > 0, got {epsilon}.")
 
 
-def _epsilon(mechanisms: Sequence[Mechanism], delta: float, *, accountant: str) -> float:
+def _epsilon(spends: Sequence[Spend], delta: float, *, accountant: str) -> float:
     import dp_accounting
     from dp_accounting import pld, rdp
 
-    if not mechanisms:
+    used = [spend for spend in spends if isinstance(spend, Selection) or spend.num_steps > 0]
+    if not used:
         return 0.0
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    if accountant == "rdp":
-        chosen: Any = rdp.RdpAccountant(orders=RDP_ORDERS, neighboring_relation=relation)
+    selects = any(isinstance(spend, Selection) for spend in used)
+    if selects or accountant == "rdp":
+        orders = RDP_ORDERS if accountant == "rdp" else SELECTION_ORDERS
+        chosen: Any = rdp.RdpAccountant(orders=orders, neighboring_relation=relation)
     else:
         chosen = pld.PLDAccountant(relation)
-    for mechanism in mechanisms:
-        event: Any = dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
-        if mechanism.sampling_rate < 1:
-            event = dp_accounting.PoissonSampledDpEvent(mechanism.sampling_rate, event)
-        chosen.compose(event, mechanism.num_steps)
+    with _without_warnings_of_orders():
+        for spend in used:
+            chosen.compose(_event(spend))
     return float(chosen.get_epsilon(delta))
+
+
+def _event(spend: Spend) -> Any:
+    from dp_accounting import dp_event
+
+    if isinstance(spend, Selection):
+        base = dp_event.ComposedDpEvent([_event(part) for part in spend.base if part.num_steps > 0])
+        return dp_event.RepeatAndSelectDpEvent(base, spend.repeats.mean_runs, SHAPES[spend.repeats.distribution])
+    event: Any = dp_event.GaussianDpEvent(spend.noise_multiplier)
+    if spend.sampling_rate < 1:
+        event = dp_event.PoissonSampledDpEvent(spend.sampling_rate, event)
+    return dp_event.SelfComposedDpEvent(event, spend.num_steps)
+
+
+@contextmanager
+def _without_warnings_of_orders() -> Iterator[None]:
+    """Keeps dp-accounting from naming each order that it leaves out: the others are as valid."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _rdp_ceiling(spent: Any, epsilon: float) -> float:

@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpdm.errors import RunError
 from dpdm.files import write_text
-from dpdm.privacy.accounting import Mechanism
+from dpdm.privacy.accounting import Mechanism, Selection, Spend, parts, spend_from
 
 GENESIS = "0" * 64
 
@@ -40,7 +41,7 @@ class Ledger:
         """
         self.path = path
         self._identities: set[str] = set()
-        self._counts: Counter[tuple[str, float, float]] = Counter()
+        self._counts: Counter[Spend] = Counter()  # of single uses, and of whole selections
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -72,17 +73,17 @@ class Ledger:
         write_text(path, _line({"previous": GENESIS, "header": header}).decode() + "\n")
         return cls(path)
 
-    def reserve(self, mechanism: Mechanism, identity: str) -> bool:
+    def reserve(self, mechanism: Spend, identity: str) -> bool:
         """Charges one use of ``mechanism``, unless this very use was charged before; returns whether it was charged.
 
         Args:
-            mechanism: what is bought; its ``num_steps`` must be 1.
+            mechanism: what is bought; its ``num_steps`` must be 1. A selection is bought as a whole, all its runs.
             identity: of everything that the outcome depends on, randomness included.
 
         Raises:
             RunError: if it cannot be written; then nothing may be drawn.
         """
-        if mechanism.num_steps != 1:
+        if isinstance(mechanism, Mechanism) and mechanism.num_steps != 1:
             raise ValueError(f"Expected a purchase of one step, got {mechanism.num_steps}.")
         if identity in self._identities:
             return False
@@ -111,8 +112,9 @@ class Ledger:
             os.close(descriptor)
 
     def spent(self, name: str) -> int:
-        """Returns how many uses of the mechanism called ``name`` were charged."""
-        return sum(count for (mechanism, _, _), count in self._counts.items() if mechanism == name)
+        """Returns how many uses of the mechanism called ``name`` were charged; of a selection those of a single run."""
+        counts = self._counts.items()
+        return sum(count * part.num_steps for spend, count in counts for part in parts([spend]) if part.name == name)
 
     def was_charged(self, identity: str) -> bool:
         return identity in self._identities
@@ -125,9 +127,12 @@ class Ledger:
     def has_line(self, line_hash: str) -> bool:
         return line_hash in self._hashes
 
-    def mechanisms(self) -> list[Mechanism]:
+    def mechanisms(self) -> list[Spend]:
         """Returns everything that was charged, for the accountant."""
-        return [Mechanism(*key, num_steps=count) for key, count in self._counts.items()]
+        found: list[Spend] = []
+        for spend, count in self._counts.items():
+            found += [spend] * count if isinstance(spend, Selection) else [replace(spend, num_steps=count)]
+        return found
 
     def _read(self, line: bytes, number: int) -> None:
         try:
@@ -142,9 +147,12 @@ class Ledger:
             if self._last == GENESIS:
                 self.header: dict[str, Any] = dict(entry["header"])
             else:
-                spend = Mechanism(**entry["spend"])
+                spend = spend_from(entry["spend"])
                 self._identities.add(entry["identity"])
-                self._counts[spend.name, spend.sampling_rate, spend.noise_multiplier] += spend.num_steps
+                if isinstance(spend, Selection):
+                    self._counts[spend] += 1
+                else:
+                    self._counts[replace(spend, num_steps=1)] += spend.num_steps
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise RunError(
                 f"Expected ledger {self.path} to be whole, line {number} is damaged ({error}): "

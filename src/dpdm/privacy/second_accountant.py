@@ -102,7 +102,7 @@ def epsilon_upper_bound(mechanisms: Sequence[Uses], delta: float) -> float:
     Raises:
         InputError: if a number is out of the range for which this was made.
     """
-    _check(mechanisms, delta)
+    check_uses(mechanisms, delta)
     used = [m for m in mechanisms if m.num_steps > 0]
     if not used:
         return 0.0
@@ -120,7 +120,8 @@ def epsilon_upper_bound(mechanisms: Sequence[Uses], delta: float) -> float:
     return epsilon
 
 
-def _check(mechanisms: Sequence[Uses], delta: float) -> None:
+def check_uses(mechanisms: Sequence[Uses], delta: float) -> None:
+    """Raises InputError if a number is out of the range for which the second accountants were made."""
     values = [("delta", delta, DELTAS)]
     for mechanism in mechanisms:
         values.append(("noise_multiplier", mechanism.noise_multiplier, NOISE_MULTIPLIERS))
