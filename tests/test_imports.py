@@ -37,6 +37,7 @@ LAYERS = (
         "plain_yaml",
         "optimizer",
         "pretrained",
+        "foreign_pickles",
         "files",
         "untrusted",
         "transfer",

@@ -21,6 +21,7 @@ from dpdm.config import Config
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.unet import UNet
 from dpdm.errors import InputError
+from dpdm.foreign_pickles import StrangePickleError, check_pickles
 
 # Our names inside a residual block and an attention block, and the original's.
 LAYERS = {
@@ -89,11 +90,17 @@ def original_names(network: UNet) -> list[str]:
 def _read(path: Path) -> Mapping[str, Any]:
     _check_members(path)
     try:
+        check_pickles(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of file formats of other versions
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"Expected a checkpoint of the original at {path}, could not read it: {error}.") from None
+    except StrangePickleError as error:
+        raise InputError(
+            f"Expected a checkpoint of the original in {path}, got {error}: nothing was loaded; get the file from its "
+            "authors."
+        ) from None
     except Exception as error:  # a damaged or strange pickle fails in a dozen ways
         found = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:

@@ -222,10 +222,15 @@ def test_pickles_that_would_run_code(box: Sandbox) -> None:
     (box.work / "evil.pth").write_bytes(evil)
     torch.save({"ema": Touch(marker)}, box.work / "zipped.pth")
     torch.save({"ema": Touch(marker)}, box.work / "old.pth", _use_new_zipfile_serialization=False)
-    for name in ("evil.pth", "zipped.pth", "old.pth"):
+    reasons = {
+        "evil.pth": "nothing was loaded",
+        "zipped.pth": "which could run code",
+        "old.pth": "which could run code",
+    }
+    for name, reason in reasons.items():
         refused(
             box,
-            "which could run code",
+            reason,
             "release",
             "--from",
             f"@work/{name}",
@@ -235,7 +240,7 @@ def test_pickles_that_would_run_code(box: Sandbox) -> None:
             "@work/new",
         )
         words = ("sample", "--config", "@given/model.yaml", "--workdir", "@work/new", "--", f"model.ckpt=@work/{name}")
-        refused(box, "which could run code", *words)
+        refused(box, reason, *words)
     for member in ("batches.meta", "data_batch_1"):
         (box.work / "cifar.tar.gz").write_bytes(make_cifar(lambda members, name=member: members.update({name: evil})))
         refused(box, member, "prepare", "@work/cifar.tar.gz", "@work/new.zip")
@@ -253,6 +258,60 @@ def test_a_pickle_whose_hash_takes_for_ever(box: Sandbox) -> None:
     endless = b"\x80\x02}(K\x00" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(50)) + b"K\x01u."
     (box.work / "cifar.tar").write_bytes(gzip.decompress(make_cifar(lambda m: m.update({"batches.meta": endless}))))
     refused(box, "batches.meta", "prepare", "@work/cifar.tar", "@work/new.zip")
+
+
+def a_checkpoint(path: Path, content: bytes, *, old: bool) -> None:
+    """Writes a pickle as the object in a checkpoint of torch's newer format, a zip, or of its older one."""
+    if old:
+        before = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in before) + content + b"\x80\x02].")
+    else:
+        a_zip(path, {"x/data.pkl": content, "x/version": b"3\n", "x/byteorder": b"little"}, zipfile.ZIP_STORED)
+
+
+ENDLESS = b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(50))  # holds what lies before it 2^50 times
+DEEP = b"\x85" * 1_000_000
+ORDERED = b"ccollections\nOrderedDict\n"
+LARGE = b"}q\x00(" + b"".join(b"J%sN" % struct.pack("<i", i) for i in range(100_000)) + b"u"
+FOR_EVER = {
+    "a key": (b"}(K\x00" + ENDLESS + b"K\x01u", "more than 1000 values"),
+    "one key": (b"}K\x00" + ENDLESS + b"K\x01s", "more than 1000 values"),
+    "a small tuple as a key": (b"}K\x00K\x00\x86K\x01s", "other keys than texts"),
+    "a deep key": (b"}()" + DEEP + b"K\x01u", "more than 1000 values"),
+    "a key made by a call": (ORDERED + b"](K\x00" + ENDLESS + b"K\x01\x86e\x85R", "more than 1000 values"),
+    "a storage": (b"(X\x07\0\0\0storageNK\x00" + ENDLESS + b"NNtQ", "more than 1000 values"),
+    "a storage's list": (b"(X\x07\0\0\0storageN]NNtQ", "whose storage has more than"),
+    "no function": (b"](K\x00" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(50)) + b"e)R", "no function"),
+    "no class": (b"](K\x00" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(50)) + b"e)\x81", "no function"),
+    "many copies": (
+        b"](" + LARGE + (ORDERED + b"h\x00\x85R") * 200 + b"e",
+        "more work than any checkpoint",
+    ),
+    "many states": (ORDERED + b")R" + LARGE + b"b" + b"h\x00b" * 200, "more work than any checkpoint"),
+    "a copy of a copy": (
+        b"](" + LARGE + ORDERED + b"h\x00\x85Rq\x01" + (ORDERED + b"h\x01\x85R") * 200 + b"e",
+        "more work than any checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+@pytest.mark.parametrize("name", FOR_EVER)
+def test_a_checkpoint_that_would_be_read_for_ever(name: str, old: bool, box: Sandbox) -> None:
+    pickled, hint = FOR_EVER[name]
+    a_checkpoint(box.work / "endless.pth", b"\x80\x02" + pickled + b".", old=old)
+    words = ("release", "--from", "@work/endless.pth", "--config", "@given/model.yaml", "--workdir", "@work/new")
+    refused(box, hint, *words)
+
+
+def test_all_pickles_of_an_old_checkpoint_are_looked_at(box: Sandbox) -> None:
+    """Five lie one behind the other; the last has the keys of the storages."""
+    parts = [pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {}, [])]
+    endless = b"\x80\x02}(K\x00" + ENDLESS + b"K\x01u."
+    words = ("release", "--from", "@work/endless.pth", "--config", "@given/model.yaml", "--workdir", "@work/new")
+    for index in range(len(parts)):
+        (box.work / "endless.pth").write_bytes(b"".join([*parts[:index], endless, *parts[index + 1 :]]))
+        refused(box, "more than 1000 values", *words)
 
 
 # Files of numbers
