@@ -78,7 +78,8 @@ def load(fact: Fact, what: str) -> Config:
 def test_there_is_a_row_for_every_file_and_a_file_for_every_row() -> None:
     wanted = {fact.name.format(what) for fact in FACTS for what in ("train", "sample")}
     assert len(wanted) == 22
-    assert {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")} == wanted
+    published = [path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "pretrained"]  # that is our own
+    assert {path.relative_to(CONFIGS).as_posix() for path in published} == wanted
 
 
 @pytest.mark.parametrize("what", ["train", "sample"])

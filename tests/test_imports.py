@@ -138,7 +138,7 @@ def test_rooms_know_only_themselves_and_the_base(room: str) -> None:
 
 def test_only_train_and_those_above_join_diffusion_to_privacy() -> None:
     joined = {name for name, path in modules().items() if own(imported(path)) >= {"diffusion", "privacy"}}
-    assert joined <= {"train", "run", "warmup", "config", "release"}
+    assert joined <= {"private_tuning", "train", "run", "warmup", "config", "release"}
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

@@ -257,11 +257,10 @@ def test_an_older_version_may_have_had_fewer_keys_and_that_is_said(release: Path
         del config["optim"]["schedule"], config["train"]["warmup"]["blur"]
 
     edit(release, "config.json", fewer)
-    assert problems_of(release) == ["config.json is not that of a release: optim.schedule, train.warmup.blur"]
     edit(release, "privacy.json", older)
     found = verify(release)
     assert found.problems == []
-    assert "Keys that config.json lacks have their defaults: optim.schedule, train.warmup.blur." in found.notices
+    assert any("config.json lacks optim.schedule, train.warmup.blur" in notice for notice in found.notices)
     # A key that no release has is not excused by age, and neither is one on which the statement depends.
     edit(release, "config.json", lambda c: c["train"].update(seed=7))
     assert problems_of(release) == ["config.json is not that of a release: train.seed"]

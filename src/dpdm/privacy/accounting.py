@@ -158,13 +158,13 @@ def epsilon_spent(mechanisms: Sequence[Spend], delta: float) -> float:
         delta: in [1e-13, 1).
     """
     _check_delta(delta)
-    return _epsilon(mechanisms, delta, accountant="pld")
+    return _epsilon(tuple(mechanisms), delta, accountant="pld")
 
 
 def rough_epsilon(mechanisms: Sequence[Spend], delta: float) -> float:
     """Returns a looser upper bound than ``epsilon_spent``, by Renyi differential privacy, in a moment."""
     _check_delta(delta)
-    return _epsilon(mechanisms, delta, accountant="rdp")
+    return _epsilon(tuple(mechanisms), delta, accountant="rdp")
 
 
 def calibrate_noise_multiplier(
