@@ -81,7 +81,7 @@ class Copies:
         arguments = ["-x", "-q", "--no-header", "--tb=short", "--assert=plain", "--import-mode=importlib"]
         arguments += ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         arguments += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "--hypothesis-seed=0"]
-        arguments += [f"--basetemp={folder / 'tmp'}", *(str(ROOT / test) for test in tests)]
+        arguments += ["-m", "not gpu", f"--basetemp={folder / 'tmp'}", *(str(ROOT / test) for test in tests)]
         job = {"folder": str(folder), "arguments": arguments, "seconds": seconds}
         stdin, stdout = _pipes(self._process)
         stdin.write(json.dumps(job) + "\n")
