@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import central
 import gpu_report
 import levers
 import logical_step
@@ -282,3 +283,14 @@ def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
     levers.write_between(page, "levers", levers.table(result))
     assert "| the recipe |  | 20.0 ± 10.0 % | 2.0 ± 1.0 | 20.0 ± 10.0 % |" in page.read_text()
     assert "| K = 8 | `loss.noise_multiplicity=8` | 30.0 ± 10.0 %" in page.read_text()
+
+
+def test_what_the_warm_up_buys_is_measured_on_drawn_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", "digits", "--noise-multiplier", "2", "--json"]
+    central.main(words)
+    means = json.loads(capsys.readouterr().out)
+    central.main([*words, "--covariance-noise-multiplier", "2"])
+    both = json.loads(capsys.readouterr().out)
+    assert both["covariance_noise_multiplier"] == 2
+    assert 0.6 < means["accuracy"] < both["accuracy"] + 0.1
+    assert both["accuracy"] > 0.7  # by chance it would be 0.1
