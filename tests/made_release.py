@@ -34,6 +34,12 @@ KEYS = (
     "model.network.channel_multipliers=[1]",
     "model.network.num_res_blocks=1",
 )
+PUBLIC_KEYS = (
+    "data.public=true",
+    "dp.enabled=false",
+    "dp.noise_multiplier=null",
+    "train.warmup.enabled=false",
+)
 MECHANISMS = (Mechanism("central images", 1.0, 9.0, 1), Mechanism("DP-SGD", 0.25, 4.0, 3))
 
 
@@ -63,6 +69,15 @@ def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = (), half: 
         random = np.random.default_rng(1)
         drawn = random.integers(0, 256, (images, 1, 8, 8), np.uint8)
         write_archive(run / "synthetic.zip", drawn, random.integers(0, 2, images))
+    return run / "release"
+
+
+def make_public_release(run: Path, keys: Sequence[str] = ()) -> Path:
+    """Writes ``release/`` of a public model into ``run``; returns it."""
+    config = make_config([*PUBLIC_KEYS, *keys])
+    statement = release.public_statement(config, DATASET_SIZE)
+    card = release.public_card(statement, config)
+    release.write_release(Workdir(run), make_weights(config), release.redacted(config), statement, card)
     return run / "release"
 
 

@@ -239,9 +239,10 @@ def _fitting(content: bytes, network: nn.Module, folder: Path) -> tuple[dict[str
             "config.json."
         )
     kept = {name: weight for name, weight in weights.items() if weight is not None}
-    if not all(weight.dtype == torch.float32 and torch.isfinite(weight).all() for weight in kept.values()):
-        raise InputError(f"Expected finite float32 weights in {folder}, got others: {REMEDY}.")
-    return kept, fresh
+    types = (torch.float32, torch.float16)  # as releases have them
+    if not all(weight.dtype in types and torch.isfinite(weight).all() for weight in kept.values()):
+        raise InputError(f"Expected finite float32 or float16 weights in {folder}, got others: {REMEDY}.")
+    return {name: weight.float() for name, weight in kept.items()}, fresh
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
