@@ -337,7 +337,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             steps[name]()
         except ImportError:
             print(f"{name} is not measured: pip install 'dpdm[benchmark]'.", file=sys.stderr)
-            del steps[name]
+            steps.pop(name, None)  # it may be made, and fail when it is first used
     rounds = [{name: seconds(step, arguments.device) for name, step in steps.items()} for _ in range(arguments.rounds)]
     figures: dict[str, Any] = {
         "network": arguments.network,

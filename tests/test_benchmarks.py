@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import central
+import dp_step
 import gpu_report
 import levers
 import logical_step
@@ -187,6 +188,18 @@ def test_step_prints_one_object(peaks: bool) -> None:
         assert min(figures["plain_peak_bytes"], figures["private_peak_bytes"]) > 1e6
         if importlib.util.find_spec("opacus") is not None:
             assert figures["opacus_hooks_seconds"] > 0
+
+
+def test_a_step_without_the_peers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
+    shape = ["--examples", "1", "--draws", "1", "--no-peak", "--no-error"]
+    monkeypatch.setattr(sys, "argv", ["dp_step.py", *TINY, *shape, "--peers", "opacus_hooks", "--json"])
+    dp_step.main()
+    shown = capsys.readouterr()
+    assert shown.err == "opacus_hooks is not measured: pip install 'dpdm[benchmark]'.\n"
+    figures = json.loads(shown.out)
+    assert figures["private_seconds"] > 0
+    assert not [name for name in figures if name.startswith("opacus")]
 
 
 def test_a_whole_step_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
