@@ -103,7 +103,11 @@ def test_calls_go_on_to_a_release_and_its_figures(environment: dict[str, str], t
     assert found.problems == []
     assert "rounding" in found.statement
     # Every step was bought once: what the first call had done is not done again.
-    assert {m["name"]: m["num_steps"] for m in found.statement["mechanisms"]} == {"DP-SGD": 4, "central images": 1}
+    assert {m["name"]: m["num_steps"] for m in found.statement["mechanisms"]} == {
+        "DP-SGD": 4,
+        "central images": 1,
+        "central covariances": 1,
+    }
     figures = json.loads((second / "figures" / f"{NAME}.json").read_text())
     assert figures["epsilon"] == found.statement["epsilon"]
     assert figures["figures"]["quick"]["samples"] == 60
