@@ -17,7 +17,7 @@ from dpdm.untrusted import parse_json, read_bytes
 # Beyond these the accountant needs minutes and gigabytes for an answer that means nothing: an epsilon of 100 promises
 # no more than an epsilon of 1000, and one below 0.001 is less than the accountant resolves.
 EPSILON_RANGE = (1e-3, 100.0)
-NOISE_MULTIPLIER_RANGE = (0.1, 1e5)
+NOISE_MULTIPLIER_RANGE = (accounting.SMALLEST_NOISE_MULTIPLIER, 1e5)
 LARGEST_STEPS = 10**6
 LARGEST_DATASET = 10**10
 MAX_STATEMENT_BYTES = 2**20

@@ -1,6 +1,7 @@
 """Against published figures, a second accountant (Renyi) and the exact Gaussian mechanism."""
 
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -109,3 +110,58 @@ def test_bad_arguments_are_named(call) -> None:
 def test_a_group_beyond_all_floats_has_no_promise() -> None:
     assert group_privacy(150.0, 1e-5, 5) == (750.0, math.inf)
     assert group_privacy(math.inf, 1e-5, 2) == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "rate", "steps", "warmup"),
+    [
+        (100.0, 1e-5, 1.0, 1000, None),
+        (60.0, 1e-5, RATE, STEPS, None),
+        (100.0, 1e-5, 0.9, 100_000, 0.11),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (40.0, 1e-5, 1e-4, 1_000_000, None),
+                (100.0, 1e-13, 0.33, 2, None),
+                (100.0, 1e-13, 1e-3, 1_000_000, None),
+                (99.0, 1e-5, 1e-9, 1, None),
+                (100.0, 1e-5, 1e-3, 3, None),
+                (100.0, 0.1, 1e-3, 1_000_000, None),
+            )
+        ),
+    ],
+)
+def test_a_large_epsilon_is_calibrated_to_in_seconds_and_never_passed(
+    epsilon: float, delta: float, rate: float, steps: int, warmup: float | None
+) -> None:
+    """Searching on a coarse grid, checking on the accountant's own."""
+    others = [Mechanism("central images", 1.0, warmup, 1)] if warmup else []
+    epsilon_spent([Mechanism("x", 0.5, 5.0, 2)], delta)  # loads the library
+    start = time.process_time()
+    found = calibrate_noise_multiplier(epsilon, delta, rate, steps, others=others)
+    spent = epsilon_spent([*others, Mechanism("x", rate, found, steps)], delta)
+    assert time.process_time() - start < 20  # half of it, where nothing else runs
+    assert spent <= epsilon
+    least = 0.97 if delta > 1e-12 else 0.8  # so much do the accountant's own answers jump at the smallest delta
+    assert spent > least * epsilon or found < 0.1001  # no less noise is ever asked for
+
+
+def test_a_coarser_grid_is_an_upper_bound_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact Gaussian mechanism lies below every grid's epsilon."""
+    for noise in (0.3, 0.5, 1.0):
+        for grid in (1e-4, 1e-3, 1e-2):
+            monkeypatch.setattr(accounting, "_grid", lambda mechanisms, grid=grid: grid)
+            found = epsilon_spent([Mechanism("x", 1.0, noise, 1)], 1e-5)
+            assert gaussian_delta(found, noise) <= 1e-5
+            assert gaussian_delta(found * (1 - 1e-3), noise) > 1e-5
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(0.1, 0.5, 1), (0.11, 1.0, 1), (5.0, 1.0, 10_000), (0.5, 0.1, 9)])
+def test_the_grid_holds_all_losses_in_few_points(noise: float, rate: float, steps: int) -> None:
+    """Of the published runs it is the finest; where noise is little, a power of two times that."""
+    together = noise / math.sqrt(steps) if rate == 1 else noise
+    grid = accounting._grid([Mechanism("x", rate, noise, steps)])
+    largest = (1 + 16 * together) / (2 * together**2)
+    assert largest / grid <= accounting.GRID_POINTS
+    assert grid == 1e-4 or largest / grid > accounting.GRID_POINTS / 2
+    assert accounting._grid([Mechanism("x", RATE, 2.3803, STEPS), Mechanism("y", 1.0, 5.0, 1)]) == 1e-4

@@ -8,6 +8,7 @@ et al. 2022, arXiv 2207.04380). Where a private selection is among the mechanism
 privacy, in which alone its cost is known (Papernot and Steinke 2022, arXiv 2110.03620).
 """
 
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,15 @@ NOISE_MULTIPLIER_DIGITS = 5  # calibrated noise multipliers are rounded up to so
 
 LARGEST_DELTA = 0.1
 SMALLEST_DELTA = 1e-13  # with less the accountant's cut tails alone make epsilon infinite
+
+SMALLEST_NOISE_MULTIPLIER = 0.1  # calibration stops here: with less, one use alone passes an epsilon of 90
+
+# The grid of the PLD accountant's losses. Each grid gives an upper bound; a coarser one is quicker, and hardly above.
+GRID = 1e-4
+GRID_POINTS = 2**18  # of one use, at most, in one direction; with more the grid is coarser, by powers of two
+TAIL_DEVIATIONS = 8.0  # of the noise, within which the losses are that a grid has to hold
+QUICK_EPSILON = 10.0  # a calibration to more than that searches on a grid that is coarser in proportion
+CLOSE = 5e-3  # how far below the budget, relative, such a search may end
 
 LARGEST_EXPONENT = 700.0  # e to this power is still a float
 
@@ -176,7 +186,7 @@ def calibrate_noise_multiplier(
     others: Sequence[Mechanism] = (),
     repeats: Repeats | None = None,
 ) -> float:
-    """Returns the smallest noise multiplier (about; 5 digits, rounded up) that keeps the whole within ``epsilon``.
+    """Returns the smallest noise multiplier (about; 5 digits, rounded up; 0.1) that keeps the whole within ``epsilon``.
 
     Guarantee: ``epsilon_spent([*others, Mechanism(sampling_rate, returned, num_steps)], delta) <= epsilon``, or that of
     the selection that ``repeats`` all of these; the returned value itself was checked, not its neighbour before
@@ -203,9 +213,10 @@ def calibrate_noise_multiplier(
     def whole(*base: Mechanism) -> tuple[Spend, ...]:
         return base if repeats is None else (Selection(SELECTION, base, repeats),)
 
-    def spent(noise_multiplier: float, accountant: str = "pld") -> float:
+    @functools.cache
+    def spent(noise_multiplier: float, accountant: str = "pld", coarser: int = 1) -> float:
         steps = Mechanism("DP-SGD", sampling_rate, noise_multiplier, num_steps)
-        return _epsilon(whole(*others, steps), delta, accountant=accountant)
+        return _epsilon(whole(*others, steps), delta, accountant=accountant, coarser=coarser)
 
     if others and (apart := epsilon_spent(whole(*others), delta)) >= epsilon:
         raise InputError(
@@ -213,10 +224,18 @@ def calibrate_noise_multiplier(
             f"{apart:.4g}: raise train.warmup.noise_multiplier."
         )
     # The Renyi accountant is fast and nearly always above PLD, so its answer is the place to start from.
-    start = _bisect(lambda sigma: spent(sigma, "rdp"), epsilon, low=1e-2, high=_rdp_ceiling(spent, epsilon))
-    sigma = _round_up(_secant(spent, epsilon, start))
+    low, high = SMALLEST_NOISE_MULTIPLIER, _rdp_ceiling(spent, epsilon)
+    start = _bisect(lambda sigma: spent(sigma, "rdp"), epsilon, low=low, high=high)
+    coarser = 2 ** max(0, math.ceil(math.log2(epsilon / QUICK_EPSILON)))
+    sigma = _round_up(_secant(lambda sigma: spent(sigma, coarser=coarser), epsilon, start))
+    if coarser > 1 and (found := spent(sigma)) < (1 - CLOSE) * epsilon:  # so much above is that grid: allow it more
+        more = epsilon * min(2.0, epsilon / max(found, 1e-12))
+        less = _round_up(_secant(lambda sigma: spent(sigma, coarser=coarser), more, sigma))
+        sigma = less if spent(less) <= epsilon else sigma
+    step = 0.5 * 10.0 ** (1 - NOISE_MULTIPLIER_DIGITS)
     while spent(sigma) > epsilon:
-        sigma = _round_up(sigma * (1 + 0.5 * 10.0 ** (1 - NOISE_MULTIPLIER_DIGITS)))
+        sigma = _round_up(sigma * (1 + step))
+        step *= 2
     return sigma
 
 
@@ -293,7 +312,8 @@ def _check_epsilon(epsilon: float) -> None:
         raise InputError(f"Expected a finite epsilon > 0, got {epsilon}.")
 
 
-def _epsilon(spends: Sequence[Spend], delta: float, *, accountant: str) -> float:
+def _epsilon(spends: Sequence[Spend], delta: float, *, accountant: str, coarser: int = 1) -> float:
+    """Returns an upper bound on epsilon; that of PLD on a grid that is no finer than ``coarser`` times the finest."""
     import dp_accounting
     from dp_accounting import pld, rdp
 
@@ -306,11 +326,26 @@ def _epsilon(spends: Sequence[Spend], delta: float, *, accountant: str) -> float
         orders = RDP_ORDERS if accountant == "rdp" else SELECTION_ORDERS
         chosen: Any = rdp.RdpAccountant(orders=orders, neighboring_relation=relation)
     else:
-        chosen = pld.PLDAccountant(relation)
+        mechanisms = [spend for spend in used if isinstance(spend, Mechanism)]
+        chosen = pld.PLDAccountant(relation, value_discretization_interval=max(_grid(mechanisms), coarser * GRID))
     with _without_warnings_of_orders():
         for spend in used:
             chosen.compose(_event(spend))
     return float(chosen.get_epsilon(delta))
+
+
+def _grid(mechanisms: Sequence[Mechanism]) -> float:
+    """Returns the distance between the accountant's losses: GRID, times a power of two where little noise spreads them.
+
+    At a distance of z standard deviations s of the noise the loss of a full batch is (1 + 2 z s) / (2 s^2), and that of
+    a smaller one less. Uses of full batches add up to one with less noise, as which the accountant takes them.
+    """
+    widest = 0.0
+    for mechanism in mechanisms:
+        full_batches = mechanism.num_steps if mechanism.sampling_rate == 1 else 1
+        noise = max(1e-6, mechanism.noise_multiplier / math.sqrt(full_batches))
+        widest = max(widest, (1 + 2 * TAIL_DEVIATIONS * noise) / (2 * noise**2))
+    return GRID * 2 ** max(0, math.ceil(math.log2(widest / (GRID * GRID_POINTS))))
 
 
 def _event(spend: Spend) -> Any:
@@ -357,7 +392,7 @@ def _bisect(spent: Any, epsilon: float, low: float, high: float) -> float:
 
 
 def _secant(spent: Any, epsilon: float, start: float) -> float:
-    """Returns about where ``spent`` falls to ``epsilon``: the secant method on logarithms.
+    """Returns about where ``spent`` falls to ``epsilon``, or the smallest noise: the secant method on logarithms.
 
     epsilon is nearly a power of the noise multiplier, so few evaluations (up to seconds each) suffice.
     """
@@ -365,13 +400,14 @@ def _secant(spent: Any, epsilon: float, start: float) -> float:
     def gap(log_sigma: float) -> float:
         return math.log(max(spent(math.exp(log_sigma)), 1e-12) / epsilon)
 
-    old, new = math.log(start), math.log(0.95 * start)
+    lowest = math.log(SMALLEST_NOISE_MULTIPLIER)
+    old, new = math.log(start), max(math.log(0.95 * start), lowest)
     gap_old, gap_new = gap(old), gap(new)
-    for _ in range(20):
-        if abs(gap_new) < 3e-6 or gap_new == gap_old:
+    for _ in range(8):
+        if abs(gap_new) < 3e-6 or gap_new == gap_old or (gap_new < 0 and new == lowest):
             break
         step = gap_new * (new - old) / (gap_new - gap_old)
-        old, gap_old, new = new, gap_new, new - min(max(step, -0.5), 0.5)
+        old, gap_old, new = new, gap_new, max(new - min(max(step, -0.5), 0.5), lowest)
         gap_new = gap(new)
     return math.exp(new)
 
