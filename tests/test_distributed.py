@@ -13,6 +13,7 @@ from dpdm.checkpoint import TrainState
 from dpdm.data.prepare import prepare
 from dpdm.errors import PeerError
 from dpdm.privacy.ledger import Ledger
+from dpdm.run import share_state
 from dpdm.train import train
 from dpdm.workdir import Workdir
 
@@ -134,6 +135,22 @@ def test_on_main_and_together_fail_on_all_or_none(together) -> None:
 
     assert together(3, on_main) == ["ZeroDivisionError", "PeerError", "PeerError"]
     assert together(3, block) == ["PeerError", "ZeroDivisionError", "PeerError"]
+
+
+def test_a_state_is_shared_by_name_whatever_the_order(together) -> None:
+    """Rank 0 has it from a checkpoint, in the order of the file, the others in that of the network."""
+
+    def share(rank: int) -> TrainState:
+        names = ["a", "b", "c"] if rank else ["c", "a", "b"]
+        state = TrainState(*({name: torch.full((2,), ord(name) - 97.0 * rank) for name in names} for _ in range(4)))
+        state.step = 0 if rank else 7
+        share_state(state)
+        return state
+
+    for state in together(3, share):
+        assert state.step == 7
+        for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq):
+            assert {name: float(tensor[0]) for name, tensor in group.items()} == {"a": 97.0, "b": 98.0, "c": 99.0}
 
 
 def test_shares_cover_everything_once(together) -> None:

@@ -172,10 +172,10 @@ def open_run(
 
 
 def share_state(state: TrainState) -> None:
-    """Gives rank 0's weights, average, moments and step to all processes."""
+    """Gives rank 0's weights, average, moments and step to all processes, by name: a checkpoint has another order."""
     state.step = distributed.broadcast(state.step)
     for group in (state.parameters, state.ema, state.averages, state.exp_avg, state.exp_avg_sq):
-        distributed.broadcast_tensors(list(group.values()))
+        distributed.broadcast_tensors([group[name] for name in sorted(group)])
 
 
 def _join(

@@ -11,6 +11,7 @@ Reads one job a line, as JSON, and answers with its exit status (negative: kille
     draws      file that gets a line each time that randomness of a purchase is about to be drawn: what, and its key
     clock      seed: both clocks jump at random, forwards and backwards
     pixels     wait so long (s) before each batch of images that is drawn
+    hold       wait before a step of training until this file is there, a minute at most
 """
 
 import builtins
@@ -147,11 +148,25 @@ def draw_slowly(seconds: float) -> None:
     dpdm.generate.sample = slow
 
 
+def hold_steps(file: Path) -> None:
+    step = dpdm.train.private_step
+
+    def held(*arguments: Any) -> Any:
+        last = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < last:
+            time.sleep(0.01)
+        return step(*arguments)
+
+    dpdm.train.private_step = held
+
+
 def run(job: dict[str, Any]) -> int:
     if "draws" in job:
         note_draws(job["draws"])
     if "pixels" in job:
         draw_slowly(job["pixels"])
+    if "hold" in job:
+        hold_steps(Path(job["hold"]))
     if "clock" in job:
         move_the_clock(job["clock"])
     if "kill" in job:
