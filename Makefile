@@ -19,7 +19,7 @@ test-slow: .venv/ready
 # What docs/assurance.md lists: attacks on guarantee, books and input, the quick ones of `make test` and the slow ones.
 assurance: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile tests/privacy tests/hostile tests/test_audit.py \
-		tests/test_verify.py tests/test_faults.py tests/test_files.py tests/test_groups.py tests/test_train_privacy.py
+		tests/test_verify.py tests/test_statement.py tests/test_foreign_pickles.py tests/faults tests/test_files.py tests/test_groups.py tests/test_train_privacy.py
 
 # Nothing else should run meanwhile. Rewrites the tables of docs/performance.md that need no GPU.
 benchmark: .venv/ready-to-benchmark

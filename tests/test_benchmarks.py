@@ -174,9 +174,8 @@ def test_processes_share_a_step() -> None:
         assert min(times) > 0
 
 
-@pytest.mark.parametrize(
-    "peaks", [pytest.param(False, id="times"), pytest.param(True, id="peaks", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("peaks", [False, True], ids=["times", "peaks"])
 def test_step_prints_one_object(peaks: bool) -> None:
     command = [sys.executable, "benchmarks/dp_step.py", *TINY, "--examples", "2", "--draws", "2", "--json"]
     command += ["--peers", "opacus_hooks"] if peaks else ["--no-peak", "--peers"]

@@ -11,7 +11,7 @@ from dpdm.privacy.accounting import Mechanism, default_delta, epsilon_spent
 from dpdm.recipes import gaussian_noise_multiplier, recipe
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     dataset_size=st.integers(10, 2_000_000),
     resolution=st.integers(4, 256),

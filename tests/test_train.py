@@ -1,12 +1,7 @@
 """Whole training runs, tiny: resume after any death, the budget, and independence of how a step is computed."""
 
 import math
-import os
-import signal
 import stat
-import subprocess
-import sys
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -118,32 +113,6 @@ def test_a_run_that_died_and_went_on_ends_bit_for_bit_the_same(
     assert state.curves == uninterrupted.curves
     assert spent(workdir) == 6  # replayed steps were free
     assert Ledger(workdir.ledger).spent("central images") == 1
-
-
-def test_a_killed_process_goes_on_to_the_same_end(archive: Path, tmp_path: Path, uninterrupted: TrainState) -> None:
-    workdir = Workdir(tmp_path / "w")
-    overrides = [*TINY, f"data.path={archive}", "dp.seed=1"]
-    for death in range(3):
-        # A slow disk, so that SIGKILL finds the run at work; each process gets a step or two further.
-        code = (
-            "import dpdm.train as t, time; f = t.private_step\n"
-            "def slow(*a):\n time.sleep(0.25); return f(*a)\n"
-            "t.private_step = slow\n"
-            "from dpdm.cli import run_command\n"
-            f"command = ['train', '--workdir', {str(workdir.root)!r}, *{['--resume'] * (death > 0)!r}]\n"
-            f"run_command([*command, '--', *{overrides!r}])"
-        )
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-        before = workdir.ledger.stat().st_size if workdir.ledger.exists() else 0
-        for _ in range(600):
-            if workdir.ledger.exists() and workdir.ledger.stat().st_size > before + 700:
-                break
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    _, state = train(tiny(archive, "dp.seed=1"), workdir, resume=True)
-    assert state.digest() == uninterrupted.digest()
-    assert spent(workdir) == 6
 
 
 @pytest.mark.parametrize("key", ["setup.data_on_device=true", "setup.overlap_noise=true"])

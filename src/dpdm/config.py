@@ -5,6 +5,7 @@ an error that names the nearest.
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -12,7 +13,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -254,8 +254,7 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     Raises:
         InputError: for a file that cannot be read, an unknown key, a wrong type or a value out of range.
     """
-    config = OmegaConf.structured(Config)
-    _make_writable(config)
+    config = _defaults()
     passed_over: list[str] = []
     asked = [*((str(file), _read_yaml(Path(file))) for file in files), ("the command line", read_overrides(overrides))]
     for source, change in asked:
@@ -270,6 +269,13 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     if passed_over and not quiet and speaks():
         print(f"dpdm: keys that mean nothing here: {', '.join(dict.fromkeys(passed_over))}.", file=sys.stderr)
     return loaded
+
+
+@functools.cache  # a merge makes a copy
+def _defaults() -> Any:
+    config = OmegaConf.structured(Config)
+    _make_writable(config)
+    return config
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -367,7 +373,7 @@ def build_denoiser(config: Config) -> Denoiser:
     data, loss = config.data, config.loss
     if data.resolution is None or data.num_channels is None or data.num_classes is None:
         raise InputError("Expected data.resolution, data.num_channels and data.num_classes, got null: give all three.")
-    make = partial(
+    make = functools.partial(
         UNet,
         config.model.network,
         resolution=data.resolution,

@@ -43,7 +43,7 @@ def test_full_batch_step_against_the_exact_gaussian_mechanism(noise_multiplier: 
     assert exact == pytest.approx(1e-5, rel=0.02)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     epsilon=st.floats(0.1, 12),
     rate=st.floats(0.01, 1.0),

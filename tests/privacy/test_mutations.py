@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dpdm"
-PASSED, FAILED, ANOTHER_COPY = 0, 1, 90  # pytest's exit statuses 0 and 1; our own
+PASSED, FAILED, NONE_SELECTED, ANOTHER_COPY = 0, 1, 5, 90  # pytest's exit statuses; our own
 SECONDS = 60  # a mutation's tests take at most three on an idle machine, all together 25
 BROKEN = re.compile(r"\b(NameError|UnboundLocalError|ImportError|ModuleNotFoundError|AttributeError|TypeError)\b")
 Tag = Literal["privacy", "fidelity"]
@@ -76,12 +76,13 @@ class Copies:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
-    def run(self, folder: Path, tests: list[str], seconds: int = SECONDS) -> tuple[int, str]:
+    def run(self, folder: Path, tests: Sequence[str], *options: str, seconds: int = SECONDS) -> tuple[int, str]:
         """Returns pytest's exit status (negative: killed by that signal) and output, for ``folder/dpdm``."""
         arguments = ["-x", "-q", "--no-header", "--tb=short", "--assert=plain", "--import-mode=importlib"]
         arguments += ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         arguments += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}", "--hypothesis-seed=0"]
-        arguments += ["-m", "not gpu", f"--basetemp={folder / 'tmp'}", *(str(ROOT / test) for test in tests)]
+        arguments += ["-m", "not gpu", f"--basetemp={folder / 'tmp'}", *options]
+        arguments += [str(ROOT / test) for test in tests]
         job = {"folder": str(folder), "arguments": arguments, "seconds": seconds}
         stdin, stdout = _pipes(self._process)
         stdin.write(json.dumps(job) + "\n")
@@ -111,10 +112,21 @@ def copy_sources(folder: Path) -> Path:
     return folder / "dpdm"
 
 
+NAMED = sorted({test for mutation in MUTATIONS.values() for test in mutation.tests})
+
+
+@pytest.mark.slow  # `make test` runs them all anyway; none of them is slow itself
 def test_named_tests_pass_without_a_mutation(copies: Copies, tmp_path: Path) -> None:
     copy_sources(tmp_path)
-    status, output = copies.run(tmp_path, sorted({test for m in MUTATIONS.values() for test in m.tests}), 5 * SECONDS)
+    status, output = copies.run(tmp_path, NAMED, seconds=5 * SECONDS)
     assert status == PASSED, output
+
+
+def test_named_tests_are_in_make_test(copies: Copies, tmp_path: Path) -> None:
+    """So that one that fails without its mutation fails there as well. A name that is no test's is an error."""
+    copy_sources(tmp_path)
+    status, output = copies.run(tmp_path, NAMED, "--collect-only", "-m", "slow")
+    assert status == NONE_SELECTED, output
 
 
 def test_a_test_of_the_installed_package_would_be_noticed(copies: Copies, tmp_path: Path) -> None:
@@ -134,6 +146,6 @@ def test_a_mutation_is_caught(copies: Copies, tmp_path: Path, name: str) -> None
     mutated = text.replace(mutation.old, mutation.new)
     compile(mutated, str(path), "exec")  # a syntax error would be caught by any test
     path.write_text(mutated, encoding="utf-8")
-    status, output = copies.run(tmp_path, list(mutation.tests))
+    status, output = copies.run(tmp_path, mutation.tests)
     assert not BROKEN.search(output), f"Expected {name} to be code that runs, got:\n{output}"
     assert status == FAILED, f"Expected {mutation.tests} to fail with {name}, got exit status {status}:\n{output}"

@@ -147,9 +147,15 @@ def test_both_directions_count() -> None:
     assert_tight(epsilon_upper_bound([uses(0.2, 30.0, 1)], 1e-3), one_sampled_use(0.2, 30.0, 1e-3))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").rglob("train_*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
-)
+PUBLISHED = [
+    pytest.param(
+        path, id=f"{path.parent.name}-{path.stem}", marks=[] if "mnist" in path.parent.name else [pytest.mark.slow]
+    )
+    for path in sorted((ROOT / "configs").rglob("train_*.yaml"))
+]
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
 def test_the_papers_runs_against_dp_accounting(path: Path) -> None:
     config = configs.load([path], quiet=True)
     plan = make_plan(config, IMAGES[path.parent.name.partition("_")[0]])

@@ -213,7 +213,6 @@ def calibrate_noise_multiplier(
     def whole(*base: Mechanism) -> tuple[Spend, ...]:
         return base if repeats is None else (Selection(SELECTION, base, repeats),)
 
-    @functools.cache
     def spent(noise_multiplier: float, accountant: str = "pld", coarser: int = 1) -> float:
         steps = Mechanism("DP-SGD", sampling_rate, noise_multiplier, num_steps)
         return _epsilon(whole(*others, steps), delta, accountant=accountant, coarser=coarser)
@@ -314,22 +313,34 @@ def _check_epsilon(epsilon: float) -> None:
 
 def _epsilon(spends: Sequence[Spend], delta: float, *, accountant: str, coarser: int = 1) -> float:
     """Returns an upper bound on epsilon; that of PLD on a grid that is no finer than ``coarser`` times the finest."""
-    import dp_accounting
-    from dp_accounting import pld, rdp
-
-    used = [spend for spend in spends if isinstance(spend, Selection) or spend.num_steps > 0]
+    used = tuple(spend for spend in spends if isinstance(spend, Selection) or spend.num_steps > 0)
     if not used:
         return 0.0
-    relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    selects = any(isinstance(spend, Selection) for spend in used)
-    if selects or accountant == "rdp":
-        orders = RDP_ORDERS if accountant == "rdp" else SELECTION_ORDERS
-        chosen: Any = rdp.RdpAccountant(orders=orders, neighboring_relation=relation)
-    else:
-        mechanisms = [spend for spend in used if isinstance(spend, Mechanism)]
-        chosen = pld.PLDAccountant(relation, value_discretization_interval=max(_grid(mechanisms), coarser * GRID))
+    if accountant == "rdp":
+        return _renyi_epsilon(used, delta, RDP_ORDERS)
+    if any(isinstance(spend, Selection) for spend in used):
+        return _renyi_epsilon(used, delta, SELECTION_ORDERS)
+    mechanisms = tuple(spend for spend in used if isinstance(spend, Mechanism))
+    return _pld_epsilon(mechanisms, delta, max(_grid(mechanisms), coarser * GRID))
+
+
+@functools.lru_cache(maxsize=256)  # a command asks for the same figure several times
+def _pld_epsilon(mechanisms: tuple[Mechanism, ...], delta: float, grid: float) -> float:
+    from dp_accounting import NeighboringRelation, pld
+
+    chosen = pld.PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=grid)
+    for mechanism in mechanisms:
+        chosen.compose(_event(mechanism))
+    return float(chosen.get_epsilon(delta))
+
+
+@functools.lru_cache(maxsize=256)
+def _renyi_epsilon(spends: tuple[Spend, ...], delta: float, orders: tuple[float, ...]) -> float:
+    from dp_accounting import NeighboringRelation, rdp
+
+    chosen = rdp.RdpAccountant(orders=orders, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     with _without_warnings_of_orders():
-        for spend in used:
+        for spend in spends:
             chosen.compose(_event(spend))
     return float(chosen.get_epsilon(delta))
 
