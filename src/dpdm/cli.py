@@ -24,7 +24,7 @@ from dpdm.untrusted import clean
 from dpdm.workdir import Workdir, check_folder
 
 if TYPE_CHECKING:
-    from dpdm.audit import RunAudit, StepAudit
+    from dpdm.audit import Audit
     from dpdm.data.transforms import Resolution, Transform
     from dpdm.privacy.accounting import Distribution
     from dpdm.tune import Utility
@@ -639,7 +639,7 @@ def audit_step_command(
     The claim to be tested is --epsilon, or with a config what its plan for --dataset-size images gives each step.
     """
     from dpdm import config as configs
-    from dpdm.audit import StepClaim, audit_step
+    from dpdm.step_audit import StepClaim, audit_step
 
     files, overrides = _split(config, words)
     if not (files or overrides):
@@ -679,14 +679,14 @@ def audit_run_command(
     by name, or --public: training on private ones once more would have to be charged. Nothing is kept.
     """
     from dpdm import config as configs
-    from dpdm.audit import audit_run, default_run_config
+    from dpdm.run_audit import audit_run, default_run_config
 
     files, overrides = _split(config, words)
     asked = configs.load(files, overrides) if files else default_run_config(overrides)
     _report(audit_run(asked, num_canaries=canaries, confidence=confidence, data_is_public=public), as_json)
 
 
-def _report(found: "StepAudit | RunAudit", as_json: bool) -> None:
+def _report(found: "Audit", as_json: bool) -> None:
     from dpdm.audit import check
 
     if as_json:
