@@ -22,7 +22,7 @@ LAYERS = (
     ("evaluate", "verify", "audit"),
     ("statement",),
     ("train", "release"),
-    ("monitor", "released_files"),
+    ("monitor", "released_files", "own_statement", "model_cards"),
     ("generate", "run", "fidelity"),
     ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial"),
     ("account", "config", "launch", "recipes"),
