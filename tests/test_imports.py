@@ -16,6 +16,7 @@ ROOMS = ("diffusion", "privacy", "data", "evaluation")
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("commands", "planning_commands", "checking_commands"),
     ("private_tuning",),
     ("tune",),
     ("synthesize", "step_audit", "run_audit", "half"),
@@ -25,7 +26,7 @@ LAYERS = (
     ("monitor", "released_files", "own_statement", "model_cards"),
     ("generate", "run", "fidelity"),
     ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial"),
-    ("account", "config", "launch", "recipes"),
+    ("account", "config", "launch", "options", "recipes"),
     ROOMS,
     (
         "device",
@@ -74,6 +75,10 @@ WITHOUT_TORCH = (
     "progress",
     "workdir",
     "cli",
+    "commands",
+    "planning_commands",
+    "checking_commands",
+    "options",
     "launch",
     "plain_yaml",
     "privacy/accounting",
