@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpdm import config as configs
-from dpdm import release
+from dpdm import model_cards, own_statement, release
 from dpdm.config import Config
 from dpdm.generate import write_archive
 from dpdm.privacy.accounting import Mechanism
@@ -51,7 +51,7 @@ def make_statement(
     config: Config, mechanisms: Sequence[Mechanism] = MECHANISMS, *, half: bool = False
 ) -> dict[str, Any]:
     plan = {"dataset_size": DATASET_SIZE, "num_iterations": config.train.num_iterations}
-    return release.make_statement(config, list(mechanisms), plan, half=half)
+    return own_statement.make_statement(config, list(mechanisms), plan, half=half)
 
 
 def make_weights(config: Config) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = (), half: 
     """Writes ``release/`` into ``run``, and ``synthetic.zip`` with random images; returns the release."""
     config = make_config(keys)
     statement = make_statement(config, half=half)
-    card = release.model_card(statement, config)
+    card = model_cards.model_card(statement, config)
     weights = to_half(make_weights(config)) if half else make_weights(config)
     release.write_release(Workdir(run), weights, release.redacted(config), statement, card)
     if images:
@@ -75,8 +75,8 @@ def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = (), half: 
 def make_public_release(run: Path, keys: Sequence[str] = ()) -> Path:
     """Writes ``release/`` of a public model into ``run``; returns it."""
     config = make_config([*PUBLIC_KEYS, *keys])
-    statement = release.public_statement(config, DATASET_SIZE)
-    card = release.public_card(statement, config)
+    statement = own_statement.public_statement(config, DATASET_SIZE)
+    card = model_cards.public_card(statement, config)
     release.write_release(Workdir(run), make_weights(config), release.redacted(config), statement, card)
     return run / "release"
 

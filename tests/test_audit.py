@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpdm import audit, train
+from dpdm import audit, run_audit, step_audit, train
 from dpdm import config as configs
-from dpdm.audit import StepClaim, audit_run, audit_step
 from dpdm.cli import run_command
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter
@@ -24,6 +23,8 @@ from dpdm.privacy.accounting import Mechanism, epsilon_spent
 from dpdm.privacy.dpsgd import per_example_gradients
 from dpdm.privacy.poisson import poisson_sample
 from dpdm.privacy.step_noise import StepNoise
+from dpdm.run_audit import audit_run
+from dpdm.step_audit import StepClaim, audit_step
 
 SURE = 0.999999  # correct code fails a test once in a million times
 NUM_IMAGES = 40
@@ -136,13 +137,13 @@ def test_a_broken_step_is_found(
 def test_the_scores_are_those_of_the_mechanism(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and standard deviation in both worlds, at another clipping norm, of a step that takes half its records."""
     seen: list[np.ndarray] = []
-    bound = audit.two_world_bound
+    bound = step_audit.two_world_bound
 
     def two_world_bound(absent: np.ndarray, present: np.ndarray, **numbers: float) -> Any:
         seen.extend((absent, present))
         return bound(absent, present, **numbers)
 
-    monkeypatch.setattr(audit, "two_world_bound", two_world_bound)
+    monkeypatch.setattr(step_audit, "two_world_bound", two_world_bound)
     keys = ["dp.noise_multiplier=0.8", "dp.clipping_norm=0.03"]
     keys += ["train.expected_batch_size=50", "train.num_iterations=9"]
     config = configs.load([], keys)
@@ -160,14 +161,14 @@ def test_the_scores_are_those_of_the_mechanism(monkeypatch: pytest.MonkeyPatch) 
 def test_without_noise_a_canary_counts_as_exactly_the_clipping_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the other records as nothing: they are orthogonal to it."""
     no_noise(monkeypatch)
-    run, direction = audit._canvas_run(claim())
+    run, direction = step_audit._canvas_run(claim())
     parameters = dict(run.denoiser.named_parameters())
     for records, expected in (([0, 1, 2], 0.0), ([3], 1.0), ([0, 1, 2, 3], 1.0), ([], 0.0)):
         batch = np.array(records, np.int64)
         monkeypatch.setattr(train, "poisson_sample", lambda key, count, rate, batch=batch: batch)
         step = train.private_step(run, parameters, train.step_keys(noise.test_key(0)))
         assert step.clip_fraction == 1 or not records  # the worst case: every gradient is longer than C
-        assert audit._along(step, direction) * run.plan.expected_batch_size == pytest.approx(expected, abs=1e-5)
+        assert step_audit._along(step, direction) * run.plan.expected_batch_size == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_a_step_audit_refuses(trials: int, confidence: float, message: str) -> N
 
 def test_a_step_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     real = dpsgd.add_noise
-    infinite = StepNoise(audit.SIDE * audit.SIDE, np.inf, 1.0, bytes(32), secure=False)
+    infinite = StepNoise(step_audit.SIDE * step_audit.SIDE, np.inf, 1.0, bytes(32), secure=False)
     monkeypatch.setattr(dpsgd, "add_noise", lambda sums, noise: real(sums, infinite))
     with pytest.raises(RunError, match="finite"):
         audit_step(claim(), num_trials=100, confidence=0.95)
@@ -216,12 +217,12 @@ def test_a_broken_run_is_found(monkeypatch: pytest.MonkeyPatch, archive: Path) -
 
 def test_images_train_as_without_an_audit(archive: Path, tmp_path: Path) -> None:
     """A step of which all canaries are absent is the step of training, bit for bit."""
-    run = audit._run_with_canaries(run_config(archive), str(archive), tmp_path, 20)
+    run = run_audit._run_with_canaries(run_config(archive), str(archive), tmp_path, 20)
     parameters = dict(run.denoiser.network.named_parameters())
-    canaries = audit._Canaries.place(run, parameters, noise.test_key(0))
+    canaries = run_audit._Canaries.place(run, parameters, noise.test_key(0))
     keys = train.step_keys(noise.test_key(1))
-    step = audit._step_without(np.arange(NUM_IMAGES, NUM_IMAGES + 20), run, parameters, canaries, keys)
-    alone = audit.replace(run, plan=audit.replace(run.plan, dataset_size=NUM_IMAGES))
+    step = run_audit._step_without(np.arange(NUM_IMAGES, NUM_IMAGES + 20), run, parameters, canaries, keys)
+    alone = run_audit.replace(run, plan=run_audit.replace(run.plan, dataset_size=NUM_IMAGES))
     trained = train.private_step(alone, parameters, keys)
     assert step.batch_size == trained.batch_size > 0
     for found, expected in zip(step.gradients, trained.gradients, strict=True):
@@ -229,9 +230,9 @@ def test_images_train_as_without_an_audit(archive: Path, tmp_path: Path) -> None
 
 
 def test_a_canary_has_one_gradient_entry_of_its_own(archive: Path, tmp_path: Path) -> None:
-    run = audit._run_with_canaries(run_config(archive, "dp.clipping_norm=0.5"), str(archive), tmp_path, 20)
+    run = run_audit._run_with_canaries(run_config(archive, "dp.clipping_norm=0.5"), str(archive), tmp_path, 20)
     parameters = dict(run.denoiser.network.named_parameters())
-    canaries = audit._Canaries.place(run, parameters, noise.test_key(0))
+    canaries = run_audit._Canaries.place(run, parameters, noise.test_key(0))
     records = np.array([3, 17, NUM_IMAGES, NUM_IMAGES + 7])
 
     def gradients(loss: Callable[[np.ndarray], Tensor], records: np.ndarray) -> Tensor:
@@ -255,7 +256,7 @@ def test_only_public_images_are_trained_on(archive: Path) -> None:
 
 def test_central_images_are_left_out_and_their_share_of_noise_kept(archive: Path, tmp_path: Path) -> None:
     warm = ("train.warmup.enabled=true", "train.warmup.noise_multiplier=40", "dp.noise_multiplier=null", "dp.epsilon=1")
-    plan = audit._run_with_canaries(run_config(archive, *warm), str(archive), tmp_path, 20).plan
+    plan = run_audit._run_with_canaries(run_config(archive, *warm), str(archive), tmp_path, 20).plan
     steps = Mechanism("steps", plan.sampling_rate, plan.noise_multiplier, plan.num_iterations)
     assert plan.warmup == ()
     assert plan.epsilon == epsilon_spent([steps], 1e-5) < 1
@@ -378,5 +379,5 @@ def test_smaller_errors_are_found_by_more_trials(
 
 @pytest.mark.slow
 def test_one_run_on_the_digits_proves_a_fifth_of_the_claim() -> None:
-    found = audit_run(audit.default_run_config(["setup.num_threads=1"]), num_canaries=1000, confidence=0.95)
+    found = audit_run(run_audit.default_run_config(["setup.num_threads=1"]), num_canaries=1000, confidence=0.95)
     assert 2.0 <= found.bound.epsilon <= found.claimed_epsilon == pytest.approx(10, rel=1e-3)

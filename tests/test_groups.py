@@ -14,8 +14,8 @@ from PIL import Image
 from tests.made_release import edit, make_release
 from torch import Tensor
 
-from dpdm import audit, run, train, warmup
 from dpdm import config as configs
+from dpdm import run, run_audit, train, warmup
 from dpdm.account import compose
 from dpdm.cli import run_command
 from dpdm.config import Config
@@ -259,10 +259,10 @@ def test_a_person_adds_one_image_to_the_central_covariances(tmp_path: Path, monk
 
 
 def test_an_audit_counts_persons(archive: Path, tmp_path: Path) -> None:
-    found = audit._run_with_canaries(config_for(archive), str(archive), tmp_path / "audit", 20)
+    found = run_audit._run_with_canaries(config_for(archive), str(archive), tmp_path / "audit", 20)
     assert found.plan.dataset_size == len(SIZES) + 20
     parameters = dict(found.denoiser.network.named_parameters())
-    canaries = audit._Canaries.place(found, parameters, KEY)
+    canaries = run_audit._Canaries.place(found, parameters, KEY)
     records = np.array([0, len(SIZES) - 1, len(SIZES), len(SIZES) + 19])
     losses = canaries.losses(found, parameters[canaries.name], records, KEY)
     own = train.example_losses(found.denoiser, found.archive, records[:2], found.config.loss, key=KEY)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.made_release import (
     KEYS,
     PUBLIC_KEYS,
@@ -22,7 +23,7 @@ from tests.made_release import (
 )
 
 from dpdm import config as configs
-from dpdm import release as releases
+from dpdm import own_statement
 from dpdm.account import compose
 from dpdm.cli import run_command
 from dpdm.config import Config
@@ -182,7 +183,7 @@ def test_a_run_notes_where_its_weights_began(archive: Path, public: Path, tmp_pa
     _, _, state = open_run(config_for(archive, public), workdir, resume=False)
     assert Ledger(workdir.ledger).header["initial_weights"] == [source_of(public)]
     assert configs.load([workdir.config]).model.init_sha256 == source_of(public)["sha256"]
-    for name, weight in releases.load_file(public / "model.safetensors").items():
+    for name, weight in load_file(public / "model.safetensors").items():
         assert torch.equal(state.parameters[name], weight)
         assert torch.equal(state.ema[name], weight)
 
@@ -191,7 +192,7 @@ def test_the_statement_says_whom_each_source_leaves_uncovered() -> None:
     config, mechanisms = make_config(), [Mechanism("DP-SGD", 0.25, 4.0, 3)]
     private = replace(SOURCE, kind="private release", epsilon=2.0, delta=1e-6, unit="one image", images=None)
     persons = replace(private, unit="one person (all of their images)")
-    statement = releases.make_statement(config, mechanisms, PLAN, (private, persons, SOURCE))
+    statement = own_statement.make_statement(config, mechanisms, PLAN, (private, persons, SOURCE))
     assert statement["initial_weights"] == [private.as_dict(), persons.as_dict(), SOURCE.as_dict()]
     said = statement["not_covered"]
     assert [line for line in said if "70 images called circles: whoever is on them is not protected" in line]
@@ -200,7 +201,7 @@ def test_the_statement_says_whom_each_source_leaves_uncovered() -> None:
     assert "epsilon 2 at delta 1e-6 for one image" in both[0]
     assert "70 images without a name" in both[0]
     assert len([line for line in said if "no sum of the two" in line]) == 1  # images and persons do not add up
-    without = releases.make_statement(config, mechanisms, PLAN)
+    without = own_statement.make_statement(config, mechanisms, PLAN)
     assert "initial_weights" not in without
     assert len(said) == len(without["not_covered"]) + 3
 
@@ -212,7 +213,7 @@ def test_verify_asks_where_weights_began(tmp_path: Path) -> None:
     assert any("not those that config.json names" in line for line in verify(release).problems)
     release = make_release(tmp_path / "b", keys=(f"model.init_sha256={SOURCE.sha256}",))
     assert any("not those that config.json names" in line for line in verify(release).problems)
-    statement = releases.make_statement(make_config(), [], PLAN, (SOURCE,))
+    statement = own_statement.make_statement(make_config(), [], PLAN, (SOURCE,))
     changes = {name: statement[name] for name in ("initial_weights", "not_covered")}
     edit(release, "privacy.json", lambda s: s.update(changes))
     assert verify(release).problems == ["README.md is not the model card that dpdm makes of this statement"]

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpdm import reference
-from dpdm.data.archive import MAX_CLASSES, ImageArchive, Unit
+from dpdm.data.archive import ImageArchive, Unit
+from dpdm.data.table import MAX_CLASSES
 from dpdm.data.transforms import MAX_RESOLUTION
 from dpdm.device import total_memory
 from dpdm.diffusion.adapters import ALL, MAX_RANK

@@ -5,7 +5,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from dpdm.errors import InputError, RunError
-from dpdm.release import ROUNDING, check_unused, load_config, model_card, redacted, write_release
+from dpdm.model_cards import model_card
+from dpdm.own_statement import ROUNDING
+from dpdm.release import check_unused, load_config, redacted, write_release
 from dpdm.released_files import to_half
 from dpdm.verify import verify
 from dpdm.workdir import Workdir

@@ -16,9 +16,10 @@ from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS
 from dpdm.initial import Source, read_sources
+from dpdm.own_statement import LIBRARIES, WORDS, make_statement, public_statement
 from dpdm.privacy import accounting, second_accountant, second_selection
 from dpdm.privacy.accounting import Mechanism, Selection, Spend, parts, spend_from
-from dpdm.release import ALLOWED, LIBRARIES, WORDS, make_statement, public_statement
+from dpdm.release import ALLOWED
 from dpdm.untrusted import clean
 
 KNOWN_MECHANISMS = ("DP-SGD", "central images", "central covariances")

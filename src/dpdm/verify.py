@@ -24,8 +24,9 @@ from dpdm.errors import InputError, RunError
 from dpdm.evaluation.copies import CopyReport, find_copies
 from dpdm.evaluation.one_page import one_page, public_page
 from dpdm.evaluation.report import SharedReport, write_shareable_report
+from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.privacy import accounting
-from dpdm.release import ALLOWED, CONVERTED_SECTIONS, claim_card, model_card, public_card, redacted
+from dpdm.release import ALLOWED, CONVERTED_SECTIONS, redacted
 from dpdm.released_files import (
     MAX_WEIGHTS_BYTES,
     MAX_WORDS_BYTES,

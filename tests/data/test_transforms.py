@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dpdm.cli import TRANSFORMS
 from dpdm.data.archive import encode_png
 from dpdm.data.transforms import (
     Resolution,
@@ -24,6 +23,7 @@ from dpdm.data.transforms import (
     to_array,
 )
 from dpdm.errors import InputError
+from dpdm.options import TRANSFORMS
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -227,8 +227,8 @@ def stopped_before_the_work() -> Iterator[None]:
         for place in (
             "dpdm.train.private_step",
             "dpdm.train.train_on_central_images",
-            "dpdm.audit.private_step",
-            "dpdm.audit._step_without",
+            "dpdm.step_audit.private_step",
+            "dpdm.run_audit._step_without",
             "dpdm.evaluate.train_feature_extractor",
             "dpdm.generate.sample",
             "dpdm.launch.start",

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dpdm.data.archive import LABELS_NAME, parse_table
 from dpdm.data.records import Split, list_names
+from dpdm.data.table import LABELS_NAME, parse_table
 from dpdm.data.transforms import IMAGE_SUFFIXES
 from dpdm.data.zips import MAX_MEMBER_BYTES, ZipReader
 from dpdm.errors import InputError

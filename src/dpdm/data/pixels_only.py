@@ -19,7 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dpdm.data.archive import LABELS_NAME, member_name
+from dpdm.data.archive import member_name
+from dpdm.data.table import LABELS_NAME
 from dpdm.data.zips import LOCAL, directory, local_header
 from dpdm.untrusted import open_regular, parse_json, read_bytes
 

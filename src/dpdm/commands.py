@@ -1,0 +1,272 @@
+"""The commands of the main job: demo, synthesize, prepare, train, release, sample. Thin: each calls one function."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from dpdm import launch
+from dpdm.errors import InputError
+from dpdm.options import (
+    PATH,
+    config_options,
+    groups_option,
+    pretrained_option,
+    resolution_of,
+    source_options,
+    split_words,
+    workdir_option,
+)
+from dpdm.progress import speaks
+from dpdm.workdir import Workdir, check_folder
+
+if TYPE_CHECKING:
+    from dpdm.data.transforms import Transform
+
+
+@click.command(short_help="The whole way on bundled real digits, in minutes.")
+@click.option("--workdir", type=PATH, default=Path("runs/demo"), show_default=True, metavar="DIR", help="Of the run.")
+@click.option("--epsilon", type=float, default=10.0, show_default=True, help="Privacy budget; smaller is more private.")
+@click.argument("overrides", nargs=-1, metavar="[-- key=value ...]")
+def demo(workdir: Path, epsilon: float, overrides: tuple[str, ...]) -> None:
+    """The whole way on 1,797 real 8x8 digits, on a laptop's CPU, in minutes.
+
+    Goes on if it was stopped, and replaces its own finished run.
+    """
+    from dpdm.synthesize import Request, start_over, synthesize
+
+    run = Workdir(workdir)
+    if run.shareable.exists() and (run.private / "request.json").exists():
+        start_over(run)
+    synthesize(Request("digits", epsilon, delta=1e-5, overrides=overrides), run)
+    _finished(run)
+
+
+@click.command("synthesize", short_help="From your images to a model, synthetic images and a report.")
+@click.argument("source")
+@click.option("--epsilon", type=float, required=True, help="Privacy budget, 0.001 to 100; smaller is more private.")
+@workdir_option
+@click.option("--delta", type=float, help="Below 1/N; default: the power of ten at or below min(1e-5, 1/(10 N)).")
+@source_options
+@groups_option
+@click.option("--num-images", type=int, help="Synthetic images; default: as many as real ones, or as groups.")
+@click.argument("overrides", nargs=-1, metavar="[-- key=value ...]")
+def synthesize_command(
+    source: str,
+    epsilon: float,
+    workdir: Path,
+    delta: float | None,
+    resolution: str | None,
+    transform: "Transform | None",
+    groups: str | None,
+    num_images: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """From sensitive images to a model, synthetic images and a report, in one go; the same command goes on if stopped.
+
+    SOURCE is a folder or zip of images (one folder per class, or CelebA's), a folder of idx files, CIFAR-10's
+    cifar-10-python.tar.gz, or one of: digits, mnist, fashion_mnist, cifar10.
+    """
+    from dpdm.synthesize import Request, synthesize
+
+    request = Request(source, epsilon, delta, resolution_of(resolution), transform, num_images, overrides, groups)
+    synthesize(request, Workdir(workdir))
+    _finished(Workdir(workdir))
+
+
+@click.command(short_help="Bring images into one archive, to train on.")
+@click.argument("source")
+@click.argument("dest", type=PATH)
+@source_options
+@groups_option
+@click.option(
+    "--split", type=click.Choice(["train", "holdout"]), default="train", help="holdout: the source's own test images."
+)
+@click.option("--attribute", metavar="NAME", help="Of CelebA's images, to be their class; needs list_attr_celeba.txt.")
+def prepare(
+    source: str,
+    dest: Path,
+    resolution: str | None,
+    transform: "Transform | None",
+    groups: str | None,
+    split: Literal["train", "holdout"],
+    attribute: str | None,
+) -> None:
+    """Bring images into one archive, to train on: a zip of PNGs with labels that StyleGAN and EDM tools read as well.
+
+    SOURCE is as for dpdm synthesize; DEST is a new file that ends in .zip. The same command goes on if it was stopped.
+    """
+    from dpdm.data.prepare import prepare as prepare_archive
+
+    archive = prepare_archive(
+        source,
+        dest,
+        resolution=resolution_of(resolution),
+        transform=transform,
+        split=split,
+        attribute=attribute,
+        groups=groups,
+    )
+    classes = f", {archive.num_classes} classes" if archive.num_classes else ""
+    shape = f"{archive.num_channels}x{archive.resolution}x{archive.resolution}"
+    print(f"{dest}: {archive.num_images} images, {shape}{classes}")
+    if archive.groups is not None:
+        print(
+            f"They are of {archive.num_groups} groups, which dpdm train -- data.unit=group protects. Their number is "
+            "public then; the number of images is private.",
+            file=sys.stderr,
+        )
+
+
+@click.command(
+    short_help="Train a model with DP-SGD.",
+    epilog="Example: dpdm train --workdir runs/mine -- data.path=FOLDER dp.epsilon=10 train.num_epochs=50",
+)
+@config_options
+@workdir_option
+@click.option("--resume", is_flag=True, help="Go on with the run in DIR, by its own config unless one is given.")
+def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str, ...]) -> int:
+    """Train a model with DP-SGD. Prints its config and what it will spend before it starts; Ctrl-C saves.
+
+    Needed are the keys data.path, one of dp.epsilon and dp.noise_multiplier, and one of train.num_epochs and
+    train.num_iterations, from files or after --. On several GPUs: setup.n_gpus_per_node=N after --, or torchrun.
+    """
+    from dpdm import config as configs
+    from dpdm.train import train as train_model
+
+    run = Workdir(workdir)
+    files, overrides = split_words(config, words)
+    if resume and not files and run.ledger.exists():
+        configs.check_whole(run.config)
+        files = [str(run.config)]
+    asked = configs.load(files, overrides)
+    if processes := launch.processes_to_start(asked, overrides):
+        return launch.start(processes, click.get_current_context().obj)
+    _, state = train_model(asked, run, resume=resume)
+    if speaks():
+        print(f"Trained {state.step} steps. Next: dpdm release --workdir {workdir}", file=sys.stderr)
+    return 0
+
+
+@click.command(
+    short_help="Write release/, which may be shared; ends the run.",
+    epilog="To convert: dpdm release --from mnist_edm_1.0.pth --config configs/mnist_28/sample_eps_1.0.yaml",
+)
+@click.option(
+    "--workdir", type=PATH, metavar="DIR", help="Folder of the run; with --from: default FILE without suffix."
+)
+@click.option(
+    "--from",
+    "source",
+    type=PATH,
+    metavar="PATH",
+    help="Convert this checkpoint of the original, or round this release.",
+)
+@click.option("--ema", type=float, metavar="RATE", help="Release this one of the averages in model.ema_rates.")
+@click.option("--half", is_flag=True, help="Round the weights to float16: half the size, no less privacy.")
+@config_options
+def release(
+    workdir: Path | None,
+    source: Path | None,
+    ema: float | None,
+    half: bool,
+    config: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    """Write release/: weights, config, privacy statement and model card.
+
+    It ends the run: the keys of its randomness are deleted, so it can be neither resumed nor released again.
+
+    With --from and --config it converts a checkpoint of the original DPDM; its statement then gives no guarantee,
+    because such a file records nothing from which one could be computed. With --from RELEASE --half --workdir DIR it
+    writes a finished release anew, its weights rounded; the statement says so and stays as it is otherwise.
+    """
+    from dpdm import config as configs
+    from dpdm.release import convert, make_release
+
+    files, overrides = split_words(config, words)
+    if source is None:
+        if workdir is None:
+            raise InputError("Expected --workdir, got none: give a run's folder, or --from a checkpoint to convert.")
+        if files or overrides:
+            raise InputError("Expected no --config and no keys without --from: a run is released by its own config.")
+        folder = make_release(Workdir(workdir), ema, half=half)
+        public = not configs.load([Workdir(workdir).config], quiet=True).dp.enabled
+        what = "holds a public model, without any guarantee" if public else "may be shared"
+        print(f"{folder} {what}. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
+        return
+    if ema is not None:
+        raise InputError(f"Expected no --ema with --from, got {ema}: only a run keeps several averages.")
+    if (source / "privacy.json").is_file():
+        from dpdm.half import halve
+
+        if workdir is None or not half or files or overrides:
+            raise InputError(
+                f"Expected --half, --workdir and nothing else with --from {source}, got others: a release is rounded "
+                "to float16 and written to another folder."
+            )
+        print(f"{halve(source, Workdir(workdir))} may be shared.", file=sys.stderr)
+        return
+    if not files:
+        raise InputError(f"Expected --config, got none: {source} does not say what network it is of.")
+    folder = convert(source, configs.load(files, overrides), Workdir(workdir or source.with_suffix("")), half=half)
+    print(
+        f"{folder} holds the weights of {source}; no guarantee of theirs can be verified, and the statement says so.",
+        file=sys.stderr,
+    )
+
+
+@click.command(
+    short_help="Draw images from a release.",
+    epilog="Example: dpdm sample --workdir OUT -- model.ckpt=runs/mine/release sampler.num_images=100 sampler.seed=1, "
+    "or without a model of your own: dpdm sample --pretrained NAME --workdir OUT",
+)
+@config_options
+@pretrained_option
+@workdir_option
+def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words: tuple[str, ...]) -> int:
+    """Draw images into samples/ in DIR, from model.ckpt, a pretrained release, or else DIR's own release.
+
+    model.ckpt is a release, or with --config a checkpoint of the original DPDM. On several GPUs:
+    setup.n_gpus_per_node=N after --, or torchrun.
+
+    What is drawn from a release costs no privacy, however much it is.
+    """
+    from dpdm import config as configs
+    from dpdm import pretrained as releases
+    from dpdm.distributed import together
+    from dpdm.generate import check_empty, make_samples
+    from dpdm.release import load_denoiser, own_config
+
+    run = Workdir(workdir)
+    with together():
+        check_folder(run.root)
+        check_empty(run.samples)
+        files, overrides = split_words(config, words)
+        asked = configs.load(files, overrides)
+        ckpt = Path(asked.model.ckpt) if asked.model.ckpt else run.release
+        if pretrained is not None:
+            if files or asked.model.ckpt:
+                raise InputError(
+                    f"Expected no --config and no model.ckpt with --pretrained {pretrained}, got one: it has its own."
+                )
+            ckpt = releases.folder(pretrained)
+        own = own_config(ckpt)
+        if own is not None:  # the model's own shape and sampler, the user's wishes on top
+            asked = configs.load([own, *files], overrides, quiet=True)
+        denoiser = load_denoiser(ckpt, asked if own is not None or files else None)
+        archive = run.synthetic if ckpt == run.release and not run.synthetic.exists() else None
+    if processes := launch.processes_to_start(asked, overrides):
+        return launch.start(processes, click.get_current_context().obj)
+    count = make_samples(denoiser, asked, folder=run.samples, archive=archive)
+    if speaks():
+        print(f"{count} images in {run.samples}", file=sys.stderr)
+    return 0
+
+
+def _finished(run: Workdir) -> None:
+    print(
+        f"Private report: {run.report}\nTo share:       {run.shareable}, {run.synthetic}, {run.release}/",
+        file=sys.stderr,
+    )
