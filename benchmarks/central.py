@@ -48,13 +48,19 @@ def main(given: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, required=True, help="archive, or what dpdm prepare takes")
     parser.add_argument("--noise-multiplier", type=float, required=True, help="of the means")
     parser.add_argument("--covariance-noise-multiplier", type=float, help="of the covariances; left out: none")
+    parser.add_argument("--clipping-norm", type=float, help="of an image in the means; left out: the default")
+    parser.add_argument("--covariance-clipping-norm", type=float, help="of a deviation; left out: the default")
+    parser.add_argument("--covariance-side", type=int, default=WarmupConfig.covariance_side, help="most pixels")
     parser.add_argument("--augmentation", type=float, default=0.0, help="strength of distortions")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(given)
     config = WarmupConfig(
         enabled=True,
         noise_multiplier=options.noise_multiplier,
+        clipping_norm=options.clipping_norm,
         covariance_noise_multiplier=options.covariance_noise_multiplier,
+        covariance_clipping_norm=options.covariance_clipping_norm,
+        covariance_side=options.covariance_side,
         augmentation=options.augmentation,
         blur=0.0,
         contrast=0.0,

@@ -142,8 +142,8 @@ def test_a_state_is_shared_by_name_whatever_the_order(together) -> None:
 
     def share(rank: int) -> TrainState:
         names = ["a", "b", "c"] if rank else ["c", "a", "b"]
-        state = TrainState(*({name: torch.full((2,), ord(name) - 97.0 * rank) for name in names} for _ in range(4)))
-        state.step = 0 if rank else 7
+        one, two, three, four = ({name: torch.full((2,), ord(name) - 97.0 * rank) for name in names} for _ in range(4))
+        state = TrainState(one, two, three, four, step=0 if rank else 7)
         share_state(state)
         return state
 
