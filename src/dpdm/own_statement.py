@@ -155,12 +155,7 @@ def public_statement(
         "guarantee": "none: the weights were trained without differential privacy on images that are declared public, "
         "for which no guarantee is needed or given",
         "public_images": {"name": config.data.name, "number": num_images},
-        "unit": None,
-        "adjacency": None,
-        "accountant": None,
-        "dataset_size": None,
-        "clipping_norm": None,
-        "mechanisms": [],
+        **_nothing_bought(),
         "assumptions": ["The images are public, as whoever trained the model has declared (data.public=true)."],
         "not_covered": [
             "Everything about these images: the weights, and what is drawn from them, may show any of them as it is.",
@@ -169,6 +164,18 @@ def public_statement(
         "versions": {name: version(name) for name in LIBRARIES},
     }
     return statement | _further(sources, half)
+
+
+def _nothing_bought() -> dict[str, Any]:
+    """Returns what statements without a guarantee say where others name what was bought."""
+    return {
+        "unit": None,
+        "adjacency": None,
+        "accountant": None,
+        "dataset_size": None,
+        "clipping_norm": None,
+        "mechanisms": [],
+    }
 
 
 def _further(sources: Sequence[Source], half: bool) -> dict[str, Any]:
@@ -196,12 +203,7 @@ def claim_statement(config: Config, checkpoint_sha256: str) -> dict[str, Any]:
         },
         "checkpoint_sha256": checkpoint_sha256,
         "weights": "moving average" if config.model.use_ema else "raw",
-        "unit": None,
-        "adjacency": None,
-        "accountant": None,
-        "dataset_size": None,
-        "clipping_norm": None,
-        "mechanisms": [],
+        **_nothing_bought(),
         "assumptions": [],
         "not_covered": ["Everything: what these weights, and all images drawn from them, give away is not known here."],
         "versions": {name: version(name) for name in LIBRARIES},
