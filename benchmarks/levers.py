@@ -1,10 +1,13 @@
-"""What each lever of training does to synthetic digits: the whole way of ``dpdm synthesize``, with and without it.
+"""What each lever of training does to synthetic images: the whole way of ``dpdm synthesize``, with and without it.
 
-    python benchmarks/levers.py --epsilon 10 --runs 2 --docs
+    python benchmarks/levers.py --epsilon 10 --runs 1 --docs
+    python benchmarks/levers.py --mnist path/to/mnist --epsilon 1 --runs 1 --docs
 
-Every run trains on the same 1,497 digits at the same epsilon with a secret key of its own, so figures differ from run
-to run: half the distance between the extremes stands beside the mean. All figures are measured on real digits; to
-choose a recipe by them is a use of these digits that no guarantee covers, and every statement says so.
+The first takes scikit-learn's 1,497 digits of 8x8 pixels, the second MNIST's training images, reduced to 7x7, and a
+small network and few steps, so that a CPU can do it. Every run has the same epsilon and a secret key of its own, so
+figures differ from run to run: half the distance between the extremes stands beside the mean. All figures are measured
+on real images; to choose a recipe by them is a use of these images that no guarantee covers, and every statement says
+so.
 """
 
 import argparse
@@ -13,11 +16,13 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _charts import ROOT, write_between
 
+from dpdm.data.transforms import Resolution
 from dpdm.synthesize import Request, synthesize
 from dpdm.workdir import Workdir
 
@@ -54,12 +59,82 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "guidance 1": ("sampler.guidance_scale=1",),
     "ddim, 50 steps": ("sampler.type=ddim", "sampler.num_steps=50"),
 }
+WITHOUT_COVARIANCES = "train.warmup.covariance_noise_multiplier=null"
+SMALL = (  # for the recipe's large network on a large data set
+    "model.network.width=8",
+    "model.network.num_res_blocks=1",
+    "loss.noise_multiplicity=2",
+    "train.expected_batch_size=2000",
+    "train.num_epochs=2",
+)
+LEVERS_OF_MNIST: dict[str, tuple[str, ...]] = {
+    "the recipe, small": (),
+    "no warm-up": ("train.warmup.enabled=false",),
+    "the warm-up alone": ("train.num_epochs=0.05", "optim.learning_rate=1e-9"),
+    "central images alone": (WITHOUT_COVARIANCES,),
+    "central images alone, distorted": (
+        WITHOUT_COVARIANCES,
+        "train.warmup.augmentation=1",
+        "train.warmup.blur=0.09",
+        "train.warmup.contrast=0.2",
+    ),
+    "covariances, distorted by half": ("train.warmup.augmentation=0.5",),
+    "a quarter of the warm-up's steps": ("train.warmup.num_iterations=1000",),
+    "the same, at the default rate": ("train.warmup.num_iterations=1000", "train.warmup.learning_rate=1e-3"),
+    "K = 1": ("loss.noise_multiplicity=1",),
+    "K = 4": ("loss.noise_multiplicity=4",),
+    "half the batch, as many passes": ("train.expected_batch_size=1000",),
+    "noise levels of the paper (p_mean -1.2)": ("loss.p_mean=-1.2",),
+    "noise levels of v": ("loss.type=v",),
+    "half the learning rate": ("optim.learning_rate=1e-3",),
+    "clipping norm 0.5": ("dp.clipping_norm=0.5",),
+    "guidance 0.5": ("sampler.guidance_scale=0.5",),
+}
 FIGURES = ("accuracy", "frechet", "variance")
 
 
-def run(epsilon: float, overrides: Sequence[str], workdir: Path) -> dict[str, float]:
+@dataclass(frozen=True)
+class Ablation:
+    """A data set, keys for all of its runs, and what is changed on top.
+
+    Attributes:
+        source: of the images.
+        levers: keys by the name of what they do.
+        table: its name in docs/levers.md.
+        resolution: to which images are brought; None: as they are.
+        num_images: drawn in each run; None: as many as there are real ones.
+        overrides: keys of all runs.
+    """
+
+    source: str
+    levers: Mapping[str, Sequence[str]]
+    table: str
+    resolution: Resolution | None = None
+    num_images: int | None = None
+    overrides: tuple[str, ...] = ()
+
+
+DIGITS = Ablation("digits", LEVERS, "levers")
+
+
+def of_mnist(source: str) -> Ablation:
+    """Returns the ablation on MNIST's training images at ``source``, reduced."""
+    return Ablation(source, LEVERS_OF_MNIST, "levers-mnist", 7, 3000, SMALL)
+
+
+def run(ablation: Ablation, epsilon: float, overrides: Sequence[str], workdir: Path) -> dict[str, float]:
     """Goes the whole way once; returns the private figures: accuracy, Frechet distance, share of the real variance."""
-    found = synthesize(Request("digits", epsilon, DELTA, overrides=tuple(overrides)), Workdir(workdir))
+    found = synthesize(
+        Request(
+            ablation.source,
+            epsilon,
+            DELTA,
+            resolution=ablation.resolution,
+            num_images=ablation.num_images,
+            overrides=(*ablation.overrides, *overrides),
+        ),
+        Workdir(workdir),
+    )
     return {
         "accuracy": found["accuracy"]["synthetic"]["value"],
         "frechet": found["frechet"]["synthetic"],
@@ -67,18 +142,21 @@ def run(epsilon: float, overrides: Sequence[str], workdir: Path) -> dict[str, fl
     }
 
 
-def measure(epsilon: float, names: Sequence[str], runs: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(
+    ablation: Ablation, epsilon: float, names: Sequence[str], runs: int, overrides: Sequence[str]
+) -> dict[str, Any]:
     """Returns the figures of each run by lever; runs of different levers take turns."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(runs):
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
-                results[name].append(run(epsilon, [*overrides, *LEVERS[name]], Path(folder) / "run"))
+                keys = [*overrides, *ablation.levers[name]]
+                results[name].append(run(ablation, epsilon, keys, Path(folder) / "run"))
             print(f"{name}: {results[name][-1]}", file=sys.stderr, flush=True)
     return {"epsilon": epsilon, "delta": DELTA, "runs": results}
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(ablation: Ablation, result: Mapping[str, Any]) -> str:
     """Returns means over runs, and half the distance between the extremes, as a table in Markdown."""
     lines = ["| | keys | accuracy | Fréchet distance | variance, share of the real |", "|---|---|---|---|---|"]
     for name, runs in result["runs"].items():
@@ -88,18 +166,19 @@ def table(result: Mapping[str, Any]) -> str:
             _cell(columns["frechet"], ""),
             _cell([100 * value for value in columns["variance"]], " %"),
         ]
-        keys = ", ".join(f"`{key}`" for key in LEVERS[name])
+        keys = ", ".join(f"`{key}`" for key in ablation.levers[name])
         lines.append(f"| {name} | {keys} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def _cell(values: Sequence[float], unit: str) -> str:
-    half = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.1f} ± {half:.1f}{unit}"
+    half = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{half}{unit}"
 
 
 def main(arguments: Sequence[str], page: Path = PAGE) -> None:
-    parser = argparse.ArgumentParser(description="Each lever of training on the digits.")
+    parser = argparse.ArgumentParser(description="Each lever of training, on the digits or on MNIST at 7x7.")
+    parser.add_argument("--mnist", metavar="SOURCE", help="MNIST's training images: folder of idx files or archive")
     parser.add_argument("--epsilon", type=float, default=10.0)
     parser.add_argument("--runs", type=int, default=2, help="of each lever")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these levers alone; as they are named in the table")
@@ -107,13 +186,14 @@ def main(arguments: Sequence[str], page: Path = PAGE) -> None:
     parser.add_argument("--docs", action="store_true", help="also write the table of docs/levers.md")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys for all runs")
     options = parser.parse_args(arguments)
-    unknown = sorted(set(options.only or ()) - set(LEVERS))
+    ablation = DIGITS if options.mnist is None else of_mnist(options.mnist)
+    unknown = sorted(set(options.only or ()) - set(ablation.levers))
     if unknown or options.runs < 1:
-        parser.error(f"expected --only of {', '.join(LEVERS)} and --runs >= 1, got {unknown or options.runs}")
-    result = measure(options.epsilon, options.only or list(LEVERS), options.runs, options.set)
+        parser.error(f"expected --only of {', '.join(ablation.levers)} and --runs >= 1, got {unknown or options.runs}")
+    result = measure(ablation, options.epsilon, options.only or list(ablation.levers), options.runs, options.set)
     if options.docs:
-        write_between(page, "levers", table(result))
-    print(json.dumps(result) if options.json else table(result))
+        write_between(page, ablation.table, table(ablation, result))
+    print(json.dumps(result) if options.json else table(ablation, result))
 
 
 if __name__ == "__main__":

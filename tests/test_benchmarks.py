@@ -285,14 +285,17 @@ def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
         }
 
     monkeypatch.setattr(levers, "synthesize", synthesize)
-    result = levers.measure(10.0, list(levers.LEVERS), 1, ["setup.device=cpu"])
-    assert asked == [("setup.device=cpu", *keys) for keys in levers.LEVERS.values()]  # a request checks its keys
+    for ablation in (levers.DIGITS, levers.of_mnist("folder")):
+        asked.clear()
+        levers.measure(ablation, 10.0, list(ablation.levers), 1, ["setup.device=cpu"])
+        base = (*ablation.overrides, "setup.device=cpu")
+        assert asked == [(*base, *keys) for keys in ablation.levers.values()]  # a request checks its keys
     asked.clear()
-    result = levers.measure(10.0, ["the recipe", "K = 8"], 2, [])
+    result = levers.measure(levers.DIGITS, 10.0, ["the recipe", "K = 8"], 2, [])
     assert asked == [(), ("loss.noise_multiplicity=8",)] * 2  # by turns
     page = tmp_path / "levers.md"
     page.write_text("<!-- levers: begin -->\n<!-- levers: end -->\n")
-    levers.write_between(page, "levers", levers.table(result))
+    levers.write_between(page, "levers", levers.table(levers.DIGITS, result))
     assert "| the recipe |  | 20.0 ± 10.0 % | 2.0 ± 1.0 | 20.0 ± 10.0 % |" in page.read_text()
     assert "| K = 8 | `loss.noise_multiplicity=8` | 30.0 ± 10.0 %" in page.read_text()
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +9,9 @@ from scipy.stats import norm
 from dpdm import config
 from dpdm.plan import make_plan
 from dpdm.privacy.accounting import Mechanism, default_delta, epsilon_spent
-from dpdm.recipes import gaussian_noise_multiplier, recipe
+from dpdm.privacy.covariance import LARGEST_SIZE, num_entries
+from dpdm.recipes import covariance_side, gaussian_noise_multiplier, recipe
+from dpdm.warmup import coarseness
 
 
 @settings(max_examples=20, deadline=None)
@@ -33,9 +36,14 @@ def test_every_recipe_is_a_config_that_fits_its_data(
     data = [f"data.resolution={resolution}", f"data.num_channels={num_channels}", f"data.num_classes={num_classes}"]
     loaded = config.load([], [*values, *data])
     assert 1 <= loaded.train.expected_batch_size <= dataset_size
-    # The warm-up is affordable: at most about a ninth of the budget.
-    share = epsilon_spent(loaded.train.warmup.mechanisms(), default_delta(dataset_size))
-    assert share < 0.5 * epsilon
+    # The warm-up is affordable: of the sums of squares by which Gaussian mechanisms add up, a ninth and a sixth.
+    warmup = loaded.train.warmup
+    share = epsilon_spent(warmup.mechanisms(), default_delta(dataset_size))
+    assert share < (0.5 if warmup.covariance_noise_multiplier is None else 0.6) * epsilon
+    if warmup.covariance_noise_multiplier is not None:
+        side = resolution // coarseness(resolution, warmup.covariance_side)
+        assert side == warmup.covariance_side  # what the rule looked at is what is bought
+        assert max(num_classes, 1) * num_entries(num_channels * side**2) <= LARGEST_SIZE
     if resolution <= 64 and num_channels == 1:
         config.build_denoiser(loaded)
 
@@ -53,3 +61,25 @@ def test_gaussian_noise_multiplier_against_the_accountant(epsilon: float) -> Non
     assert epsilon_spent([Mechanism("x", 1.0, sigma, 1)], 1e-5) == pytest.approx(epsilon, rel=5e-3)
     a, b = 0.5 / sigma, epsilon * sigma
     assert norm.cdf(a - b) - math.exp(epsilon + norm.logcdf(-a - b)) == pytest.approx(1e-5, rel=1e-4)
+
+
+def test_covariances_are_as_fine_as_their_noise_allows() -> None:
+    sides = [covariance_side(60_000, 28, 1, 10, noise) for noise in (1.2, 9.0, 40.0, 80.0, 200.0)]
+    assert sides == [28, 28, 14, 7, None]
+    rng = np.random.default_rng(0)
+    for side, noise in zip(sides, (1.2, 9.0, 40.0, 80.0), strict=False):
+        assert side is not None
+        size = side**2
+        plain = rng.normal(size=(size, size))
+        # One class's noise for clipping norm 1, as ``noisy_class_covariances`` describes it.
+        found = np.linalg.eigvalsh((plain + plain.T) / 2 * noise / 6000)[-1]
+        assert found < 0.27
+    assert covariance_side(60_000, 28, 1, 0, 40.0) == 28  # without classes all images share one
+
+
+def test_a_large_data_set_warms_up_on_covariances_and_a_small_one_on_distorted_means() -> None:
+    for size, bought in ((60_000, True), (9_999, False)):
+        values = recipe(dataset_size=size, resolution=28, num_channels=1, num_classes=10, epsilon=1, delta=1e-5)
+        warmup = config.load([], values).train.warmup
+        assert (warmup.covariance_noise_multiplier is not None) == bought
+        assert (warmup.augmentation == 0) == bought

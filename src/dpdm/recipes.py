@@ -1,7 +1,7 @@
 """Defaults for a data set, from public facts alone: (N, resolution, channels, classes, epsilon, delta).
 
-Everything here was found on scikit-learn's 8x8 digits at epsilon 10 and extended by argument to other sizes; no rule
-looks at an image.
+Everything here was found on scikit-learn's 8x8 digits at epsilon 10 and, for large data sets, on MNIST and
+Fashion-MNIST (docs/levers.md), and extended by argument to other sizes; no rule looks at an image.
 """
 
 import math
@@ -10,14 +10,20 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from dpdm.privacy.central import default_clipping_norm
+from dpdm.privacy.covariance import LARGEST_SIZE, num_entries
 
 SELECTION = (
     "by a recipe from the number of {unit}s, the size of the images, the number of classes, epsilon and delta alone; "
-    "the recipe was developed on scikit-learn's digits, so for those digits themselves this choice is not accounted for"
+    "the recipe was developed on scikit-learn's digits, MNIST and Fashion-MNIST, so for those images themselves this "
+    "choice is not accounted for"
 )
 LARGE = 10_000  # images, or groups of them, from which a larger network pays
 CENTRAL_NOISE = 0.13  # wanted standard deviation of a noisy mean's pixels, which run from 0 to 1
+FINE_CENTRAL_NOISE = 0.03  # the same for large data sets, which can afford it
 COARSEST = 4  # smallest side, in pixels, that the network works at
+COVARIANCE_COST = 2.4  # their noise multiplier, in ones of a release that would spend all of epsilon: a sixth of it
+COARSEST_COVARIANCE = 4  # most by which a side is reduced for them
+COVARIANCE_NOISE = 0.25  # largest eigenvalue of their noise, as a share of the largest total variance of a class
 
 
 def recipe(
@@ -42,6 +48,8 @@ def recipe(
     while levels < 3 and resolution % 2**levels == 0 and resolution // 2**levels >= COARSEST:
         levels += 1
     central = central_noise_multiplier(dataset_size, resolution, num_channels, num_classes, epsilon, delta)
+    covariances = COVARIANCE_COST * gaussian_noise_multiplier(epsilon, delta)
+    side = covariance_side(dataset_size, resolution, num_channels, num_classes, covariances)
     return [
         f"model.network.width={32 if large else 16}",
         f"model.network.channel_multipliers={[1] + [2 if large else 1] * (levels - 1)}",
@@ -56,6 +64,8 @@ def recipe(
         "train.num_epochs=50",
         "train.warmup.enabled=true",
         f"train.warmup.noise_multiplier={central}",
+        *(("train.warmup.learning_rate=3e-3", "train.warmup.num_iterations=4000") if large else ()),
+        *(_covariances(side, covariances) if large and side else ()),
         "sampler.type=dpm_solver_pp",
         "sampler.num_steps=20",
         f"data.unit={unit}",
@@ -72,9 +82,38 @@ def central_noise_multiplier(
     central images take 1 % (11 %) of it, in terms of the sum of squares that Gaussian mechanisms compose by.
     """
     norm_bound = default_clipping_norm(num_channels * resolution**2)
-    wanted = CENTRAL_NOISE * dataset_size / max(num_classes, 1) / norm_bound
+    tolerated = CENTRAL_NOISE if dataset_size < LARGE else FINE_CENTRAL_NOISE
+    wanted = tolerated * dataset_size / max(num_classes, 1) / norm_bound
     whole = gaussian_noise_multiplier(epsilon, delta)
     return float(f"{min(max(wanted, 3 * whole), 30 * whole):.3g}")
+
+
+def covariance_side(
+    dataset_size: int, resolution: int, num_channels: int, num_classes: int, noise_multiplier: float
+) -> int | None:
+    """Returns the finest side at which covariances with this noise show directions; None if they do at none.
+
+    The noise of a class's covariance has eigenvalues up to sqrt(2 D) noise_multiplier C_r^2 / (N / classes), where D is
+    channels * side^2; the true one's are at most C_r^2 in all, and images put a tenth of it and more in the first.
+    """
+    classes = max(num_classes, 1)
+    for factor in range(1, COARSEST_COVARIANCE + 1):
+        side = resolution // factor
+        size = num_channels * side**2
+        if resolution % factor or classes * num_entries(size) > LARGEST_SIZE:
+            continue
+        if math.sqrt(2 * size) * noise_multiplier * classes / dataset_size <= COVARIANCE_NOISE:
+            return side
+    return None
+
+
+def _covariances(side: int, noise_multiplier: float) -> list[str]:
+    """Samples of each class's Gaussian vary by themselves: distortions on top would spoil what was bought."""
+    return [
+        f"train.warmup.covariance_noise_multiplier={noise_multiplier:.3g}",
+        f"train.warmup.covariance_side={side}",
+        *(f"train.warmup.{name}=0" for name in ("augmentation", "blur", "contrast")),
+    ]
 
 
 def gaussian_noise_multiplier(epsilon: float, delta: float) -> float:
