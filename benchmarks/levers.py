@@ -82,13 +82,6 @@ LEVERS_OF_MNIST: dict[str, tuple[str, ...]] = {
     "a quarter of the warm-up's steps": ("train.warmup.num_iterations=1000",),
     "the same, at the default rate": ("train.warmup.num_iterations=1000", "train.warmup.learning_rate=1e-3"),
     "K = 1": ("loss.noise_multiplicity=1",),
-    "K = 4": ("loss.noise_multiplicity=4",),
-    "half the batch, as many passes": ("train.expected_batch_size=1000",),
-    "noise levels of the paper (p_mean -1.2)": ("loss.p_mean=-1.2",),
-    "noise levels of v": ("loss.type=v",),
-    "half the learning rate": ("optim.learning_rate=1e-3",),
-    "clipping norm 0.5": ("dp.clipping_norm=0.5",),
-    "guidance 0.5": ("sampler.guidance_scale=0.5",),
 }
 FIGURES = ("accuracy", "frechet", "variance")
 
