@@ -189,16 +189,23 @@ def test_step_prints_one_object(peaks: bool) -> None:
             assert figures["opacus_hooks_seconds"] > 0
 
 
-def test_a_step_without_the_peers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_step_without_the_peers(
+    has_bf16: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dp_step, "has_bf16", lambda device: has_bf16)
     monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
     shape = ["--examples", "1", "--draws", "1", "--no-peak", "--no-error"]
     monkeypatch.setattr(sys, "argv", ["dp_step.py", *TINY, *shape, "--peers", "opacus_hooks", "--json"])
     dp_step.main()
     shown = capsys.readouterr()
-    assert shown.err == "opacus_hooks is not measured: pip install 'dpdm[benchmark]'.\n"
+    notes = shown.err.splitlines()
+    assert notes[-1] == "opacus_hooks is not measured: pip install 'dpdm[benchmark]'."
+    assert [note.split(":")[0] for note in notes[:-1]] == ([] if has_bf16 else ["bf16 is not measured"])
     figures = json.loads(shown.out)
     assert figures["private_seconds"] > 0
     assert not [name for name in figures if name.startswith("opacus")]
+    assert ("private_bf16_seconds" in figures) == has_bf16
 
 
 def test_a_whole_step_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
