@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from dpdm.data.archive import ArchiveWriter
-from dpdm.data.sources import open_source
+from dpdm.data.sources import NAMES, open_source
 from dpdm.errors import InputError
 
 
@@ -50,3 +51,16 @@ def test_unknown_sources_are_named_with_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"no zip")
     with pytest.raises(InputError, match="as a zip"):
         open_source(str(tmp_path / "photo.png"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_with_a_data_sets_name_is_not_passed_over(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has private images in ``digits`` must not train on scikit-learn's without noticing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name / "a").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / name / "a" / "0.png")
+    with pytest.raises(InputError, match=rf"'{name}'.*give \./{name}"):
+        open_source(name)
+    assert open_source(f"./{name}")["train"].num_images == 1

@@ -32,10 +32,15 @@ def open_source(source: str, *, cache_dir: Path | None = None, attribute: str | 
         ``{"train": Split}``, and "holdout" beside it if the source brings its own.
 
     Raises:
-        InputError: if there is no such source, or it is damaged.
+        InputError: if there is no such source, it is damaged, or a name is that of a file or folder here as well.
         RunError: if a download fails.
     """
     path = source_path(source)
+    if path is None and source and Path(source).exists():
+        raise InputError(
+            f"Expected a source with one meaning, got {source!r}, which names a data set and is here as well: give "
+            f"./{source} for what is here, or work in another folder to get the data set."
+        )
     if path is not None and path.exists() and not path.name.endswith(SUFFIXES):
         return _open_path(path, attribute)
     if attribute is not None:
