@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpdm.data.archive import ImageArchive, is_archive
+from dpdm.data.archive import ArchiveWriter, ImageArchive, is_archive
 from dpdm.data.prepare import prepare
 from dpdm.evaluation.classifiers import logistic_regression_accuracy
 from dpdm.privacy.central import WarmupConfig
@@ -27,9 +27,9 @@ from dpdm.warmup import augment, central_images, sampler, with_covariances
 NUM_DRAWN, NUM_TESTED = 3000, 5000
 
 
-def measure(archive: ImageArchive, config: WarmupConfig) -> float:
-    """Returns the accuracy on real images of logistic regression that learned from drawn ones."""
-    if archive.labels is None:
+def measure(archive: ImageArchive, tested: ImageArchive, config: WarmupConfig) -> float:
+    """Returns the accuracy on images of ``tested`` of logistic regression that learned from drawn ones."""
+    if archive.labels is None or tested.labels is None:
         raise SystemExit("expected images with classes in --data, got none")
     central = central_images(archive, config, num_classes=archive.num_classes, key=new_key())
     if config.covariance_noise_multiplier is not None:
@@ -39,25 +39,44 @@ def measure(archive: ImageArchive, config: WarmupConfig) -> float:
     draw = sampler(central, generator, torch.device("cpu"))
     cells = torch.from_numpy(labels * (len(central.labels) // archive.num_classes))
     images = ((augment(draw(cells), config, generator) + 1) * 127.5).round().byte().numpy()
-    rows = np.unique(np.linspace(0, archive.num_images - 1, NUM_TESTED).astype(np.int64))
-    return logistic_regression_accuracy(images, labels, archive.read(rows), archive.labels[rows]).value
+    rows = np.unique(np.linspace(0, tested.num_images - 1, NUM_TESTED).astype(np.int64))
+    return logistic_regression_accuracy(images, labels, tested.read(rows), tested.labels[rows]).value
 
 
-def main(given: Sequence[str]) -> None:
+def unequal(archive: ImageArchive, path: Path) -> Path:
+    """Writes ``path``, an archive with the first 1 / (c + 1) of the images of each class c."""
+    assert archive.labels is not None
+    kept = [
+        rows[: len(rows) // (c + 1)]
+        for c in range(archive.num_classes)
+        for rows in [np.flatnonzero(archive.labels == c)]
+    ]
+    with ArchiveWriter(path) as writer:
+        for row in np.sort(np.concatenate(kept)):
+            writer.add(archive.read(np.array([row]))[0], int(archive.labels[row]))
+    return path
+
+
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="What noisy means and covariances of each class are worth.")
     parser.add_argument("--data", type=Path, required=True, help="archive, or what dpdm prepare takes")
     parser.add_argument("--noise-multiplier", type=float, required=True, help="of the means")
+    parser.add_argument(
+        "--count-weight", type=float, default=WarmupConfig.count_weight, help="0: classes taken as equal"
+    )
     parser.add_argument("--covariance-noise-multiplier", type=float, help="of the covariances; left out: none")
     parser.add_argument("--clipping-norm", type=float, help="of an image in the means; left out: the default")
     parser.add_argument("--covariance-clipping-norm", type=float, help="of a deviation; left out: the default")
     parser.add_argument("--covariance-side", type=int, default=WarmupConfig.covariance_side, help="most pixels")
     parser.add_argument("--augmentation", type=float, default=0.0, help="strength of distortions")
+    parser.add_argument("--unequal", action="store_true", help="of class c keep the first 1 / (c + 1) of the images")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     config = WarmupConfig(
         enabled=True,
         noise_multiplier=options.noise_multiplier,
         clipping_norm=options.clipping_norm,
+        count_weight=options.count_weight,
         covariance_noise_multiplier=options.covariance_noise_multiplier,
         covariance_clipping_norm=options.covariance_clipping_norm,
         covariance_side=options.covariance_side,
@@ -69,7 +88,10 @@ def main(given: Sequence[str]) -> None:
         path = options.data
         if not (path.suffix == ".zip" and is_archive(path)):
             path = prepare(str(path), Path(folder) / "images.zip").path
-        accuracy = measure(ImageArchive(path), config)
+        archive = given = ImageArchive(path)
+        if options.unequal:
+            given = ImageArchive(unequal(archive, Path(folder) / "unequal.zip"))
+        accuracy = measure(given, archive, config)
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "json")}
     print(json.dumps({**settings, "accuracy": accuracy}) if options.json else f"{settings}: {100 * accuracy:.1f} %")
 

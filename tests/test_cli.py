@@ -441,16 +441,19 @@ def test_ctrl_c_saves_and_a_second_run_is_kept_out(images: Path, tmp_path: Path,
     process = dpdm("train", "--workdir", run, "--", *keys)
     ledger = run / "private" / "ledger.jsonl"
     deadline = time.monotonic() + 60
-    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)  # so that it cannot finish first
-    for command in (["train", "--resume"], ["release"]):
-        assert "at work" in refused(*command, "--workdir", run)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    _, err = process.communicate(timeout=60)
+    try:
+        while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # so that it cannot finish first
+        for command in (["train", "--resume"], ["release"]):
+            assert "at work" in refused(*command, "--workdir", run)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # where an assertion failed before its end
     assert process.returncode == 130
     assert "--resume" in err.splitlines()[-1]
     assert "Traceback" not in err

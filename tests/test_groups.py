@@ -224,7 +224,7 @@ def test_without_groups_or_with_another_word_it_is_refused(tmp_path: Path) -> No
 
 def central(path: Path, pixels: np.ndarray, norm: float) -> np.ndarray:
     archive = ImageArchive(write_archive(path, pixels), "group")
-    quiet = WarmupConfig(noise_multiplier=1e-12, means_per_class=2, clipping_norm=norm)
+    quiet = WarmupConfig(noise_multiplier=1e-12, means_per_class=2, clipping_norm=norm, count_weight=0.0)
     means = warmup.central_images(archive, quiet, num_classes=3, key=KEY).means
     return means.reshape(6, -1) * len(SIZES) / 6
 
@@ -242,7 +242,7 @@ def test_a_person_adds_one_image_to_the_central_images(tmp_path: Path) -> None:
 
 
 def test_a_person_adds_one_image_to_the_central_covariances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zero = warmup.Central(np.zeros((3, 1, 8, 8)), np.arange(3))
+    zero = warmup.Central(np.zeros((3, 1, 8, 8)), np.arange(3), np.full(3, len(SIZES) / 3))
     quiet = WarmupConfig(covariance_noise_multiplier=1e-9, covariance_clipping_norm=2.0)
     found: list[np.ndarray] = []
     monkeypatch.setattr(warmup, "principal_factors", lambda matrices, *_: found.append(matrices) or matrices)

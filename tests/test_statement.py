@@ -189,3 +189,18 @@ def test_unknown_keys_stay_refused(release: Path, section: str) -> None:
 def test_sections_that_are_not_shared_stay_refused(release: Path, section: str) -> None:
     edit(release, "config.json", lambda c: c.update({section: {}}))
     assert problems_of(release) == [f"config.json is not that of a release: {section}"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "counted"),
+    [
+        (["train.warmup.count_weight=0.2"], True),
+        ([], False),
+        (["train.warmup.count_weight=0.2", "data.num_classes=1", "data.class_names=[a]"], False),  # N is public
+    ],
+)
+def test_counted_classes_are_stated(tmp_path: Path, keys: list[str], counted: bool) -> None:
+    statement = make_statement(make_config(keys))
+    assert ("noisy sizes of the classes" in statement["warmup"]) == counted
+    if keys and counted:
+        assert not verify(make_release(tmp_path / "run", keys=keys)).problems

@@ -1,6 +1,8 @@
 """Whole training runs, tiny: resume after any death, the budget, and independence of how a step is computed."""
 
 import math
+import os
+import signal
 import stat
 import warnings
 from dataclasses import replace
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpdm import checkpoint, config, run
+from dpdm import checkpoint, config, run, warmup
 from dpdm import train as training
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
@@ -112,6 +114,38 @@ def test_a_run_that_died_and_went_on_ends_bit_for_bit_the_same(
     assert torch.equal(weights(state), weights(uninterrupted))
     assert state.curves == uninterrupted.curves
     assert spent(workdir) == 6  # replayed steps were free
+    assert Ledger(workdir.ledger).spent("central images") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_warm_up_stops_when_it_is_asked_to(
+    archive: Path,
+    tmp_path: Path,
+    uninterrupted: TrainState,
+    number: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may take an hour, so not at its end; then the run goes on as if nothing had been."""
+    workdir, seeded, steps = Workdir(tmp_path / "w"), tiny(archive, "dp.seed=1"), 0
+    assert seeded.train.warmup.num_iterations > 2
+    real = warmup.update_ema
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            os.kill(os.getpid(), number)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(warmup, "update_ema", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(seeded, workdir)
+    assert steps == 2
+    assert "The warm-up begins again with --resume" in capfd.readouterr().err
+    _, state = train(seeded, workdir, resume=True)
+    assert state.digest() == uninterrupted.digest()
     assert Ledger(workdir.ledger).spent("central images") == 1
 
 

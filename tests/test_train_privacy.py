@@ -67,7 +67,7 @@ class Watch:
             self.gradients.append({**arguments, "batch": batch, "result": flat})
             return result
 
-        def noisy_class_means(*positional: Any, **arguments: Any) -> np.ndarray:
+        def noisy_class_means(*positional: Any, **arguments: Any) -> central.ClassMeans:
             self.charged_before_means.append(Ledger(self.workdir.ledger).spent("central images"))
             return means(*positional, **arguments)
 

@@ -74,7 +74,11 @@ def test_training_on_means_is_a_function_of_means_and_seed() -> None:
     for shift in (0.0, 0.0, 0.1):
         denoiser = config.build_denoiser(settings)
         ema = train_on_central_images(
-            denoiser, Central(means - shift, np.array([0, 1])), WarmupConfig(num_iterations=4), settings.loss, seed=1
+            denoiser,
+            Central(means - shift, np.arange(2), np.ones(2)),
+            WarmupConfig(num_iterations=4),
+            settings.loss,
+            seed=1,
         )
         results.append(torch.cat([tensor.flatten() for tensor in ema.values()]))
     assert torch.equal(results[0], results[1])
@@ -103,11 +107,11 @@ LINE = WarmupConfig(
 )
 
 
-def archive_of_lines(path: Path, level: int = 128) -> ImageArchive:
+def archive_of_lines(path: Path, level: int = 128, kept_of_class_1: int = 200) -> ImageArchive:
     """Two classes; in class 0 the upper half varies, in class 1 the left half, about a grey level."""
     random = np.random.default_rng(0)
     with ArchiveWriter(path) as writer:
-        for index in range(400):
+        for index in (*range(0, 400, 2), *range(1, 2 * kept_of_class_1, 2)):
             image = np.full((1, 8, 8), level, np.uint8)
             half = (slice(None), slice(0, 4)) if index % 2 == 0 else (slice(None), slice(None), slice(0, 4))
             image[half] += np.uint8(40) if random.random() < 0.5 else np.uint8(0)
@@ -116,8 +120,9 @@ def archive_of_lines(path: Path, level: int = 128) -> ImageArchive:
 
 
 def test_samples_vary_as_the_images_of_their_class_do(tmp_path: Path) -> None:
-    archive = archive_of_lines(tmp_path / "a.zip")
-    quiet = replace(LINE, noise_multiplier=1e-9, clipping_norm=100.0)
+    """However unequal the classes are: of class 1 there are a third as many images as of class 0."""
+    archive = archive_of_lines(tmp_path / "a.zip", kept_of_class_1=66)
+    quiet = replace(LINE, noise_multiplier=1e-9, clipping_norm=100.0, count_weight=0.2)
     central = with_covariances(
         central_images(archive, quiet, num_classes=2, key=bytes(32)), archive, quiet, key=bytes(32)
     )
@@ -126,7 +131,7 @@ def test_samples_vary_as_the_images_of_their_class_do(tmp_path: Path) -> None:
     draw = sampler(central, torch.Generator().manual_seed(0), torch.device("cpu"))
     images = (draw(torch.arange(2).repeat(2000)) + 1) / 2 * 255
     first, second = images[::2, 0], images[1::2, 0]
-    true = torch.from_numpy(archive.read(np.arange(0, 400, 2))[:, 0]).float()
+    true = torch.from_numpy(archive.read(np.arange(200))[:, 0]).float()
     assert torch.allclose(first.mean(0), true.mean(0), atol=2)
     assert first.std(0)[:3].mean() == pytest.approx(20, rel=0.1)
     assert first.std(0)[6:].mean() < 2
@@ -137,10 +142,10 @@ def test_samples_vary_as_the_images_of_their_class_do(tmp_path: Path) -> None:
 def test_deviations_are_from_the_noisy_means(tmp_path: Path) -> None:
     """About a wrong centre the deviations have one direction more: that of the error, which is the same for all."""
     archive = archive_of_lines(tmp_path / "a.zip", level=50)
-    wrong = Central(np.zeros((2, 1, 8, 8)), np.arange(2))
+    wrong = Central(np.zeros((2, 1, 8, 8)), np.arange(2), np.full(2, 200.0))
     factors = with_covariances(wrong, archive, LINE, key=bytes(32)).factors
     assert factors is not None
-    second_moment = np.square(archive.read(np.arange(0, 400, 2)) / 255.0).sum((1, 2, 3)).mean()
+    second_moment = np.square(archive.read(np.arange(200)) / 255.0).sum((1, 2, 3)).mean()
     assert np.square(factors[0]).sum() == pytest.approx(second_moment, rel=0.15)
 
 

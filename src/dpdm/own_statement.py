@@ -136,6 +136,8 @@ def make_statement(
     }
     if warmup := config.train.warmup.mechanisms():
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
+        if config.train.warmup.count_weight and (data.num_classes or 0) > 1:
+            statement["warmup"] += ", and with them, in the same vector, noisy sizes of the classes"
         if len(warmup) > 1:
             statement["warmup"] += f"; {words.covariances}"
     return statement | _further(sources, half)

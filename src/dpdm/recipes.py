@@ -21,6 +21,7 @@ LARGE = 10_000  # images, or groups of them, from which a larger network pays
 CENTRAL_NOISE = 0.13  # wanted standard deviation of a noisy mean's pixels, which run from 0 to 1
 FINE_CENTRAL_NOISE = 0.03  # the same for large data sets, which can afford it
 COARSEST = 4  # smallest side, in pixels, that the network works at
+COUNT_WEIGHT = 0.2  # makes the noise of the means 2 % more, and of a class's size five of their noise multipliers
 COVARIANCE_COST = 2.4  # their noise multiplier, in ones of a release that would spend all of epsilon: a sixth of it
 COARSEST_COVARIANCE = 4  # most by which a side is reduced for them
 COVARIANCE_NOISE = 0.25  # largest eigenvalue of their noise, as a share of the largest total variance of a class
@@ -64,6 +65,7 @@ def recipe(
         "train.num_epochs=50",
         "train.warmup.enabled=true",
         f"train.warmup.noise_multiplier={central}",
+        *((f"train.warmup.count_weight={COUNT_WEIGHT}",) if num_classes > 1 else ()),
         *(("train.warmup.learning_rate=3e-3", "train.warmup.num_iterations=4000") if large else ()),
         *(_covariances(side, covariances) if large and side else ()),
         "sampler.type=dpm_solver_pp",

@@ -74,7 +74,7 @@ def train(
             print(announcement(run, read_sources(books.ledger.header["initial_weights"])), file=sys.stderr, flush=True)
         monitor = Monitor(run.config, workdir, run.denoiser)  # first, as it looks for files that the config names
         if books and run.plan.warmup and not state.warmup:
-            state = _warm_up(run, books)
+            state = _warm_up(run, books, interrupted)
         share_state(state)
         if books and state.step == 0:
             books.save(state)
@@ -359,8 +359,12 @@ def _beginnings(run: Run, sources: Sequence[Source]) -> list[str]:
     return lines
 
 
-def _warm_up(run: Run, books: Books) -> TrainState:
-    """Buys central images, and covariances if the config asks for them, and trains on them; returns where it ends."""
+def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState:
+    """Buys central images, and covariances if the config asks for them, and trains on them; returns where it ends.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C. Nothing of it is saved: resumed, the run draws the same again, at no cost.
+    """
     config, num_classes = run.config.train.warmup, run.denoiser.network.num_classes
     central = None
     for mechanism in run.plan.warmup:
@@ -370,7 +374,9 @@ def _warm_up(run: Run, books: Books) -> TrainState:
         else:
             central = with_covariances(central, run.archive, config, key=key)
     assert central is not None  # the caller has looked
-    ema = train_on_central_images(run.denoiser, central, config, run.config.loss, seed=run.config.train.seed)
+    ema = train_on_central_images(
+        run.denoiser, central, config, run.config.loss, seed=run.config.train.seed, stops=interrupted.is_set
+    )
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser, run.config.model.ema_rates)
     state.warmup = {name: tensor.clone() for name, tensor in merged(ema).items()}

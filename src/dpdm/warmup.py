@@ -1,6 +1,7 @@
 """The warm-up: ordinary training on what was bought with noise. It costs no privacy of its own."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -34,35 +35,38 @@ class Central:
     Attributes:
         means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it.
         labels: (cells,) int64.
+        class_sizes: images of each class, (num_classes,) float64.
         factors: of each class's covariance, (num_classes, rank, C, H, W) float64, or None.
     """
 
     means: np.ndarray
     labels: np.ndarray
+    class_sizes: np.ndarray
     factors: np.ndarray | None = None
 
     def class_means(self) -> np.ndarray:
         """Returns the mean of each class's cells, limited to [0, 1], (num_classes, C, H, W)."""
-        cells = len(self.labels) // (int(self.labels.max()) + 1)
+        cells = len(self.labels) // len(self.class_sizes)
         return self.means.reshape(-1, cells, *self.means.shape[1:]).mean(1).clip(0, 1)
 
 
 def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> Central:
-    """Returns noisy class means as images; see ``noisy_class_means`` for the guarantee.
+    """Returns noisy class means as images, and class sizes; see ``noisy_class_means`` for the guarantee.
 
     Of a group of images one takes part, chosen by the key.
 
-    Guarantee: a record, an image or a group, adds one vector, a function of this record, its number and the key.
+    Guarantee: a record, an image or a group, adds one vector and is counted once, in a cell that is, like the vector, a
+    function of this record, its number and the key.
 
     Args:
         archive: the private images.
-        config: its noise multiplier, cells and clipping norm.
+        config: its noise multiplier, cells, clipping norm and weight of counts.
         num_classes: 0 without classes.
         key: of this purpose alone.
     """
     shape = (archive.num_channels, archive.resolution, archive.resolution)
     chosen = _choose(archive, key)
-    means = noisy_class_means(
+    found = noisy_class_means(
         (piece.reshape(len(piece), -1) for _, piece in _pieces(archive, chosen)),
         archive.labels[chosen] if num_classes and archive.labels is not None else None,
         dataset_size=len(chosen),
@@ -71,9 +75,10 @@ def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: 
         clipping_norm=config.clipping_norm or default_clipping_norm(math.prod(shape)),
         noise_multiplier=config.noise_multiplier,
         key=key,
+        count_weight=config.count_weight,
     )
     labels = np.repeat(np.arange(max(num_classes, 1)), config.means_per_class)
-    return Central(means.reshape(-1, *shape), labels)
+    return Central(found.means.reshape(-1, *shape), labels, found.sizes)
 
 
 def with_covariances(central: Central, archive: ImageArchive, config: WarmupConfig, *, key: bytes) -> Central:
@@ -85,7 +90,7 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
     ``central``, which was released before.
 
     Args:
-        central: the noisy means.
+        central: the noisy means and sizes.
         archive: the private images.
         config: its noise multiplier, clipping norm, side and rank.
         key: of this purpose alone.
@@ -106,8 +111,9 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
         clipping_norm=norm,
         noise_multiplier=config.covariance_noise_multiplier,
         key=key,
+        class_sizes=central.class_sizes,
     )
-    noise = config.covariance_noise_multiplier * norm**2 / math.sqrt(2) / (len(chosen) / num_classes)
+    noise = config.covariance_noise_multiplier * norm**2 / math.sqrt(2) / central.class_sizes
     factors = principal_factors(covariances, noise, config.covariance_rank)
     coarse = torch.from_numpy(factors.swapaxes(1, 2).copy()).view(-1, channels, side // factor, side // factor)
     fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False) / factor
@@ -143,11 +149,20 @@ def _pieces(archive: ImageArchive, chosen: np.ndarray) -> Iterator[tuple[slice, 
 
 
 def train_on_central_images(
-    denoiser: Denoiser, central: Central, config: WarmupConfig, loss_config: LossConfig, *, seed: int
+    denoiser: Denoiser,
+    central: Central,
+    config: WarmupConfig,
+    loss_config: LossConfig,
+    *,
+    seed: int,
+    stops: Callable[[], bool] = lambda: False,
 ) -> dict[str, Tensor]:
     """Trains ``denoiser`` in place on augmented central images; returns the weights' moving average.
 
     Everything here is a function of what was released and of public randomness: post-processing.
+
+    Raises:
+        KeyboardInterrupt: if ``stops`` says so before a step.
     """
     device = next(denoiser.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -159,6 +174,9 @@ def train_on_central_images(
     draw = sampler(central, generator, device)
     with Progress("Warm-up", config.num_iterations, unit="steps") as progress:
         for step in range(config.num_iterations):
+            if stops():
+                print("The warm-up begins again with --resume; what it bought is not paid for twice.", file=sys.stderr)
+                raise KeyboardInterrupt
             optimizer.param_groups[0]["lr"] = (
                 config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.num_iterations))
             )

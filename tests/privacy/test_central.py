@@ -1,16 +1,27 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpdm.errors import InputError
-from dpdm.privacy.central import GRID, LARGEST_DATASET, WarmupConfig, noisy_class_means
+from dpdm.privacy import central
+from dpdm.privacy.central import GRID, LARGEST_DATASET, ClassMeans, WarmupConfig, class_sizes, noisy_class_means
 from dpdm.privacy.noise import derive_key
 
 KEY = bytes(32)
 
 
-def means(images: np.ndarray, labels: np.ndarray | None, *, sigma: float = 1e-12, per_class: int = 2, key: bytes = KEY):
+def released(
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    sigma: float = 1e-12,
+    per_class: int = 2,
+    key: bytes = KEY,
+    count_weight: float = 0.2,
+) -> ClassMeans:
     return noisy_class_means(
         iter(np.array_split(images, 3)),
         labels,
@@ -20,7 +31,13 @@ def means(images: np.ndarray, labels: np.ndarray | None, *, sigma: float = 1e-12
         clipping_norm=2.0,
         noise_multiplier=sigma,
         key=key,
+        count_weight=count_weight,
     )
+
+
+def means(images: np.ndarray, labels: np.ndarray | None, **arguments: Any) -> np.ndarray:
+    """Returns the means without counts: with public denominators."""
+    return released(images, labels, **arguments, count_weight=0.0).means
 
 
 def data(n: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +67,101 @@ def test_one_record_moves_one_cell_by_at_most_the_clipping_norm(removed: int, br
         assert np.linalg.norm(difference) == pytest.approx(2.0, rel=1e-6)
 
 
+def test_means_are_sums_over_noisy_sizes() -> None:
+    images, labels = data()
+    labels = np.minimum(labels + np.arange(60) % 2, 2)  # classes as unequal as 1 to 2 to 3
+    exact = released(images, labels, sigma=1e-6)
+    assert np.allclose(exact.sizes, np.bincount(labels), atol=1e-3)
+    noisy = released(images, labels, sigma=1.0)
+    again = released(images, labels, sigma=1.0, key=derive_key(KEY, 1))
+    assert not np.allclose(noisy.sizes, again.sizes)  # what is random are the counts, not only what is done with them
+    sums = means(images, labels, sigma=1e-12) * (60 / 6)
+    found = exact.means * np.repeat(exact.sizes / 2, 2)[:, None]
+    assert np.allclose(found, sums, atol=1e-3)
+
+
+def seen_by_the_noise(
+    images: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> tuple[np.ndarray, float]:
+    """Returns the vector to which noise is added, and the sensitivity for which it is."""
+    seen: list[tuple[np.ndarray, float]] = []
+
+    def add_no_noise(values: np.ndarray, *, sensitivity: float, noise_multiplier: float, key: bytes) -> np.ndarray:
+        seen.append((values, sensitivity))
+        return values
+
+    monkeypatch.setattr(central, "secure_gaussian", add_no_noise)
+    released(images, labels, count_weight=0.7)
+    return seen[0]
+
+
+@pytest.mark.parametrize("row", [0, 17, 59])
+def test_a_record_and_its_count_move_the_vector_by_at_most_the_sensitivity(
+    row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a record as bright as can be, which is clipped, and which counts: removed, together with its count."""
+    images, labels = data()
+    images[row] = 1.0
+    without = images.copy()
+    without[row] = 0.0
+    whole, sensitivity = seen_by_the_noise(images, labels, monkeypatch)
+    pixels = whole - seen_by_the_noise(without, labels, monkeypatch)[0]
+    assert not pixels[-3:].any()
+    moved_class = labels.copy()
+    moved_class[row] = (labels[row] + 1) % 3  # takes its count along: once out of a class, once into another
+    counts = (whole - seen_by_the_noise(without, moved_class, monkeypatch)[0])[-3:]
+    assert np.count_nonzero(counts) == 2
+    count = counts[labels[row]]
+    assert np.hypot(np.linalg.norm(pixels), count) <= sensitivity
+    assert np.hypot(np.linalg.norm(pixels), count) == pytest.approx(sensitivity, rel=1e-6)
+    assert count == pytest.approx(0.7 * 2.0)
+
+
+def test_counts_have_the_noise_that_is_said_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = data()
+    found: list[np.ndarray] = []
+
+    def note(counts: np.ndarray, noise: float, dataset_size: int) -> np.ndarray:
+        assert noise == pytest.approx(5.0 * np.hypot(1, 0.2) / 0.2)  # of a record's count, by the definition
+        assert dataset_size == 60
+        found.append(counts - np.bincount(labels))
+        return np.ones(3)
+
+    monkeypatch.setattr(central, "class_sizes", note)
+    blank = [released(images * 0, labels, sigma=5.0, key=derive_key(KEY, i)).means for i in range(300)]
+    assert np.std(found) == pytest.approx(5.0 * np.hypot(1, 0.2) / 0.2, rel=0.15)
+    assert np.std(blank) == pytest.approx(5.0 * np.hypot(1, 0.2) * 2.0 * 2, rel=0.02)  # 2.0: clipping norm; 2 cells
+
+
+def test_sizes_without_noise_are_the_counts() -> None:
+    assert np.allclose(class_sizes(np.array([10.0, 50.0, 0.5]), 0.0, 60), [9.8333, 49.8333, 0.3333], atol=1e-3)
+    assert class_sizes(np.full(3, 20.0), 0.0, 60).tolist() == [20.0] * 3
+
+
+def test_sizes_of_equal_classes_are_nearer_to_each_other_than_their_counts() -> None:
+    counts = 100 + 20 * np.random.default_rng(0).standard_normal((200, 10))
+    sizes = np.stack([class_sizes(row, 20.0, 1000) for row in counts])
+    assert np.abs(sizes - 100).mean() < 0.4 * np.abs(counts - 100).mean()
+
+
+def test_sizes_of_unequal_classes_are_kept() -> None:
+    true = np.array([900.0, 60.0, 40.0])
+    counts = true + 10 * np.random.default_rng(0).standard_normal((200, 3))
+    sizes = np.stack([class_sizes(row, 10.0, 1000) for row in counts])
+    assert np.abs(sizes.mean(0) - true).max() < 3
+    assert np.allclose(sizes[(sizes > 10).all(1)].sum(1), 1000)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    counts=st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=10), noise=st.floats(1e-3, 1e4), n=st.integers(10, 1000)
+)
+def test_no_size_is_below_the_noise_or_an_equal_share(counts: list[float], noise: float, n: int) -> None:
+    sizes = class_sizes(np.array(counts), noise, n)
+    assert np.isfinite(sizes).all()
+    assert sizes.min() >= min(noise, n / len(counts)) > 0
+
+
 def test_the_cell_of_a_record_depends_on_no_other_record() -> None:
     images, labels = data()
     for row in (0, 17, 59):
@@ -76,9 +188,10 @@ def test_without_labels_there_is_one_class() -> None:
     images, _ = data()
     result = noisy_class_means(
         [images], None, dataset_size=60, num_classes=1, means_per_class=1, clipping_norm=50.0, noise_multiplier=1e-12,
-        key=KEY,
+        key=KEY, count_weight=0.2,
     )  # fmt: skip
-    assert np.allclose(result[0], images.mean(0))
+    assert np.allclose(result.means[0], images.mean(0))
+    assert result.sizes.tolist() == [60.0]  # N is public, and nothing is counted
 
 
 def test_missing_records_are_noticed() -> None:

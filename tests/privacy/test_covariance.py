@@ -15,7 +15,13 @@ KEY, CLIP, COUNT, SIZE = bytes(32), 1.5, 60, 6
 
 
 def found(
-    vectors: np.ndarray, labels: np.ndarray | None, *, sigma: float = 1e-9, key: bytes = KEY, num_classes: int = 3
+    vectors: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    sigma: float = 1e-9,
+    key: bytes = KEY,
+    num_classes: int = 3,
+    class_sizes: np.ndarray | None = None,
 ) -> np.ndarray:
     return noisy_class_covariances(
         np.array_split(vectors, 3),
@@ -25,6 +31,7 @@ def found(
         clipping_norm=CLIP,
         noise_multiplier=sigma,
         key=key,
+        class_sizes=class_sizes,
     )
 
 
@@ -39,6 +46,9 @@ def test_covariances_against_a_loop_with_public_denominators() -> None:
         clipped = [r * min(1, CLIP / np.linalg.norm(r)) for r in vectors[labels == label]]
         total = np.sum([np.outer(r, r) for r in clipped], axis=0)
         assert np.allclose(matrix, total / (COUNT / 3), atol=1e-4)  # COUNT / 3, not the realised class size
+    sizes = np.array([10.0, 20.0, 40.0])  # as released before
+    expected = found(vectors, labels) * (COUNT / 3 / sizes)[:, None, None]
+    assert np.allclose(found(vectors, labels, class_sizes=sizes), expected)
 
 
 def test_without_labels_there_is_one_class() -> None:
@@ -142,19 +152,22 @@ def symmetric_noise(size: int, deviation: float) -> np.ndarray:
 
 
 def test_noise_alone_has_no_directions() -> None:
-    assert not principal_factors(1.1 * symmetric_noise(150, 0.9)[None], 1.0, 10).any()
+    assert not principal_factors(1.1 * symmetric_noise(150, 0.9)[None], np.ones(1), 10).any()
 
 
 def test_directions_are_found_at_their_true_strength() -> None:
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(150, 150)))[0]
     true = np.array([60.0, 30.0, 3.0])  # the last one below sqrt(150), where noise hides it
     covariance = (basis[:, :3] * true) @ basis[:, :3].T + symmetric_noise(150, 1.0)
-    factors = principal_factors(covariance[None], 1.0, 5)[0]
+    both = principal_factors(np.stack([covariance, covariance]), np.array([1.0, 1.5]), 5)
+    assert both[1, :, 0].any()
+    assert not both[1, :, 1].any()  # 30 does not stand out from twice 1.5 sqrt(150)
+    factors = both[0]
     strength = np.square(factors).sum(0)
     assert strength[:2] == pytest.approx(true[:2], rel=0.1)
     assert not strength[2:].any()
     assert np.abs(factors[:, 0] @ basis[:, 0]) ** 2 > 0.9 * strength[0]
-    assert principal_factors(covariance[None], 1.0, 1).shape == (1, 150, 1)
+    assert principal_factors(covariance[None], np.ones(1), 1).shape == (1, 150, 1)
 
 
 def test_its_cost_is_one_full_batch_gaussian_more() -> None:

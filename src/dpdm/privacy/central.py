@@ -1,4 +1,4 @@
-"""Central images: noisy means of each class, bought once, on which a model is warmed up before DP-SGD.
+"""Central images: noisy means of each class and its noisy size, bought once, to warm a model up before DP-SGD.
 
 What else the warm-up may buy is in ``covariance.py``.
 """
@@ -27,6 +27,8 @@ class WarmupConfig:
         noise_multiplier: noise standard deviation / clipping_norm of the one release of all means.
         means_per_class: cells per class.
         clipping_norm: bound on one image's vector, pixels in [0, 1]; None: half the norm of an all-white image.
+        count_weight: what an image counts for in the size of its class, as a share of clipping_norm; 0: classes are
+            taken to be equally large. It adds to every image's vector, so more of it means more noise in the means.
         covariance_noise_multiplier: noise standard deviation / covariance_clipping_norm^2 of the one release of all
             classes' covariances; None: they are not bought.
         covariance_clipping_norm: bound on an image's distance from its class's noisy mean, pixels in [0, 1], after it
@@ -47,6 +49,7 @@ class WarmupConfig:
     noise_multiplier: float = 5.0
     means_per_class: int = 1
     clipping_norm: float | None = None
+    count_weight: float = 0.0
     covariance_noise_multiplier: float | None = None
     covariance_clipping_norm: float | None = None
     covariance_side: int = 16
@@ -74,7 +77,7 @@ class WarmupConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"Expected a finite train.warmup.{name} > 0, got {value}.")
-        for name in ("num_iterations", "augmentation", "blur", "contrast"):
+        for name in ("count_weight", "num_iterations", "augmentation", "blur", "contrast"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"Expected a finite train.warmup.{name} >= 0, got {getattr(self, name)}.")
         if not 0 <= self.ema_rate < 1:
@@ -90,6 +93,19 @@ class WarmupConfig:
         return (means, Mechanism("central covariances", 1.0, self.covariance_noise_multiplier, 1))
 
 
+@dataclass(frozen=True)
+class ClassMeans:
+    """What one Gaussian mechanism released of the classes: free to use.
+
+    Attributes:
+        means: one image per (class, cell), (num_classes * cells, D) float64, class-major; not limited to [0, 1].
+        sizes: records of each class, (num_classes,) float64, above 0.
+    """
+
+    means: np.ndarray
+    sizes: np.ndarray
+
+
 def noisy_class_means(
     images: Iterable[np.ndarray],
     labels: np.ndarray | None,
@@ -100,18 +116,23 @@ def noisy_class_means(
     clipping_norm: float,
     noise_multiplier: float,
     key: bytes,
-) -> np.ndarray:
-    """Returns one noisy mean image per (class, cell).
+    count_weight: float = 0.0,
+) -> ClassMeans:
+    """Returns one noisy mean image per (class, cell), and the classes' noisy sizes.
 
     Each record is scaled to norm at most C_w and added to *one* cell: of its own class, and chosen at random for
-    it, from the record's position and the key alone. Gaussian noise of standard deviation noise_multiplier * C_w is
-    added to every coordinate of every cell, and each is divided by the public constant N / (number of cells).
+    it, from the record's position and the key alone. Beside it, count_weight * C_w is added to the cell's count.
+    Gaussian noise is added to every coordinate of every cell and to every count, each sum is divided by its class's
+    noisy size (see ``class_sizes``) over the number of the class's cells.
 
-    Guarantee: seen as one vector over all cells, adding or removing one record moves the sums by that record's
-    vector in one cell, so by at most C_w in L2 norm: one Gaussian mechanism with the given noise multiplier,
-    whatever the number of classes and cells. Realised class sizes never enter. Vectors are rounded towards zero to
-    multiples of 2^-40 and summed as integers, so sums are exact and do not depend on order; the margin of 1e-7 in
-    the norm covers the float64 norm and the conversion of the sums.
+    Guarantee: seen as one vector over all cells and counts, adding or removing one record moves the sums by that
+    record's vector in one cell, so by at most C_w in L2 norm, and one count by count_weight * C_w: together by at most
+    S = C_w sqrt(1 + count_weight^2). Noise of standard deviation noise_multiplier * S in all coordinates makes it one
+    Gaussian mechanism with the given noise multiplier, whatever the number of classes and cells. Sizes are computed
+    from noisy counts and public numbers alone; realised ones enter nowhere else. Without counts (count_weight 0, or one
+    class) sizes are the public N / num_classes. Vectors are rounded towards zero to multiples of 2^-40 and summed as
+    integers, and records are counted, so sums are exact and do not depend on order; the margin of 1e-7 in the norm
+    covers the float64 norm and the conversion of sums and counts.
 
     Args:
         images: pieces of (n, D) float64 in [0, 1], in record order, N rows in all.
@@ -120,11 +141,9 @@ def noisy_class_means(
         num_classes: number of classes, at least 1.
         means_per_class: cells per class.
         clipping_norm: C_w > 0.
-        noise_multiplier: noise standard deviation / C_w.
+        noise_multiplier: noise standard deviation / S.
         key: of this purpose alone.
-
-    Returns:
-        (num_classes * means_per_class, D) float64, class-major; not limited to [0, 1].
+        count_weight: at least 0.
     """
     if dataset_size > LARGEST_DATASET:
         raise InputError(
@@ -145,10 +164,43 @@ def noisy_class_means(
         start += len(piece)
     if sums is None or start != dataset_size:
         raise ValueError(f"Expected {dataset_size} images, got {start}.")
+    counted = count_weight if num_classes > 1 else 0.0
+    counts = np.bincount(cells, minlength=num_cells).reshape(num_classes, means_per_class).sum(1)
+    sensitivity = clipping_norm * math.hypot(1.0, counted)
     noisy = secure_gaussian(
-        sums / GRID, sensitivity=clipping_norm, noise_multiplier=noise_multiplier, key=derive_key(key, "noise")
+        np.concatenate([(sums / GRID).ravel(), counts * (counted * clipping_norm)]),
+        sensitivity=sensitivity,
+        noise_multiplier=noise_multiplier,
+        key=derive_key(key, "noise"),
     )
-    return noisy / (dataset_size / num_cells)
+    noisy_sums, noisy_counts = noisy[:-num_classes].reshape(sums.shape), noisy[-num_classes:]
+    sizes = np.full(num_classes, dataset_size / num_classes)
+    if counted:
+        unit = counted * clipping_norm
+        sizes = class_sizes(noisy_counts / unit, noise_multiplier * sensitivity / unit, dataset_size)
+    return ClassMeans(noisy_sums / np.repeat(sizes / means_per_class, means_per_class)[:, None], sizes)
+
+
+def class_sizes(counts: np.ndarray, noise: float, dataset_size: int) -> np.ndarray:
+    """Returns how large the classes are, by noisy counts and the public total.
+
+    Counts are shifted so that they add up to N. As far as they differ from N / num_classes by no more than their noise
+    does, they are drawn back to it: by the share of the noise's variance in that of the differences (empirical Bayes;
+    Efron and Morris 1973). No size is below the noise, or N / num_classes if that is less. Looks at no data.
+
+    Args:
+        counts: (num_classes >= 2,), noisy.
+        noise: their standard deviation.
+        dataset_size: N.
+
+    Returns:
+        (num_classes,) float64.
+    """
+    equal = dataset_size / len(counts)
+    differences = counts - counts.mean()  # those of counts that add up to N, from ``equal``
+    spread = np.square(differences).sum() / (len(counts) - 1)
+    kept = max(0.0, 1.0 - noise**2 / spread) if spread else 0.0
+    return np.maximum(equal + kept * differences, min(noise, equal))
 
 
 def default_clipping_norm(num_pixels: int) -> float:

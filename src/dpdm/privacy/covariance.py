@@ -32,8 +32,9 @@ def noisy_class_covariances(
     clipping_norm: float,
     noise_multiplier: float,
     key: bytes,
+    class_sizes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns, for each class, a noisy sum of r r^T over its records' vectors r, divided by N / num_classes.
+    """Returns, for each class, a noisy sum of r r^T over its records' vectors r, divided by the class's size.
 
     Each r is clipped to norm C_r. Gaussian noise of standard deviation noise_multiplier C_r^2 is added to every entry
     on the diagonal, and 1 / sqrt(2) of that to every pair of equal entries beside it.
@@ -41,9 +42,9 @@ def noisy_class_covariances(
     Guarantee: one record, added or removed, adds or removes the matrix r r^T of one class, whose Frobenius norm is
     ||r||^2 <= C_r^2. That is the L2 norm of the vector of all classes' upper triangles with the entries beside the
     diagonal times sqrt(2), to which ``secure_gaussian`` adds noise of noise_multiplier C_r^2 in every coordinate: one
-    full-batch Gaussian mechanism, whatever the number of classes. Realised class sizes never enter. Sums are exact
-    integers and do not depend on order; MARGIN pays for the factor's rounding. What r is measured from must not depend
-    on other records but through what was released before.
+    full-batch Gaussian mechanism, whatever the number of classes. Realised class sizes never enter: ``class_sizes`` are
+    public, or were released before. Sums are exact integers and do not depend on order; MARGIN pays for the factor's
+    rounding. What r is measured from must not depend on other records but through what was released before.
 
     Args:
         pieces: of (n, D) float64, in record order, N rows in all.
@@ -53,6 +54,7 @@ def noisy_class_covariances(
         clipping_norm: C_r > 0.
         noise_multiplier: noise standard deviation / C_r^2.
         key: of this purpose alone.
+        class_sizes: (num_classes,); None: N / num_classes.
 
     Returns:
         (num_classes, D, D) float64, symmetric; with noise it may have negative eigenvalues.
@@ -93,7 +95,8 @@ def noisy_class_covariances(
     found = np.zeros_like(sums)
     found[:, *upper] = noisy.reshape(num_classes, -1) / factor
     found[:, upper[1], upper[0]] = found[:, *upper]
-    return found * (clipping_norm**2 / (dataset_size / num_classes))
+    sizes = np.full(num_classes, dataset_size / num_classes) if class_sizes is None else class_sizes
+    return found * (clipping_norm**2 / sizes)[:, None, None]
 
 
 def num_entries(size: int) -> int:
@@ -101,7 +104,7 @@ def num_entries(size: int) -> int:
     return size * (size + 1) // 2
 
 
-def principal_factors(covariances: np.ndarray, noise: float, rank: int) -> np.ndarray:
+def principal_factors(covariances: np.ndarray, noise: np.ndarray, rank: int) -> np.ndarray:
     """Returns factors F with F F^T near the covariances, made of the directions that stand out from the noise.
 
     Symmetric noise of standard deviation s beside the diagonal has eigenvalues up to 2 s sqrt(D); a true eigenvalue l
@@ -110,13 +113,13 @@ def principal_factors(covariances: np.ndarray, noise: float, rank: int) -> np.nd
 
     Args:
         covariances: (n, D, D), noisy.
-        noise: s, standard deviation of an entry beside the diagonal.
+        noise: s of each, (n,), standard deviation of an entry beside the diagonal.
         rank: most directions of each.
 
     Returns:
         (n, D, rank), zeros where fewer stand out.
     """
-    edge = 2 * noise * math.sqrt(covariances.shape[1])
+    edge = 2 * noise[:, None] * math.sqrt(covariances.shape[1])
     values, vectors = np.linalg.eigh(covariances)
     values, vectors = values[:, ::-1][:, :rank], vectors[:, :, ::-1][:, :, :rank]
     found = np.where(values > edge, (values + np.sqrt(np.maximum(values**2 - edge**2, 0))) / 2, 0.0)
