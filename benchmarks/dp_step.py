@@ -328,7 +328,7 @@ def _status(name: str) -> int:
 
 def has_bf16(device: str) -> bool:
     """Whether a device has some way of its own to compute in bf16."""
-    return device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device != "cpu" or (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
     names = [way for way in WAYS if way not in PEERS or way in arguments.peers]
     if not has_bf16(arguments.device):
-        print("bf16 is not measured: this CPU lacks AVX-512 and emulates it, ten times slower.", file=sys.stderr)
+        print("bf16 is not measured: this CPU emulates it, ten times slower.", file=sys.stderr)
         names = [way for way in names if not way.endswith("_bf16")]
     steps = {}
     for name in names:

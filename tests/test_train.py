@@ -143,7 +143,7 @@ def test_a_warm_up_stops_when_it_is_asked_to(
         with pytest.raises(KeyboardInterrupt):
             train(seeded, workdir)
     assert steps == 2
-    assert "The warm-up begins again with --resume" in capfd.readouterr().err
+    assert "The warm-up begins again when the run goes on" in capfd.readouterr().err
     _, state = train(seeded, workdir, resume=True)
     assert state.digest() == uninterrupted.digest()
     assert Ledger(workdir.ledger).spent("central images") == 1

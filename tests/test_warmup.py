@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from dpdm import config
+from dpdm import config, warmup
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.privacy.central import WarmupConfig
 from dpdm.warmup import (
@@ -147,6 +148,31 @@ def test_deviations_are_from_the_noisy_means(tmp_path: Path) -> None:
     assert factors is not None
     second_moment = np.square(archive.read(np.arange(200)) / 255.0).sum((1, 2, 3)).mean()
     assert np.square(factors[0]).sum() == pytest.approx(second_moment, rel=0.15)
+
+
+def test_covariances_and_their_noise_are_measured_by_released_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the realised ones, nor the public share of each: here all three differ."""
+    archive = archive_of_lines(tmp_path / "a.zip", kept_of_class_1=66)
+    released = np.array([150.0, 116.0])
+    seen: list[np.ndarray] = []
+    real, factors = warmup.noisy_class_covariances, warmup.principal_factors
+
+    def covariances(*arguments: Any, class_sizes: np.ndarray, **named: Any) -> np.ndarray:
+        seen.append(class_sizes)
+        return real(*arguments, class_sizes=class_sizes, **named)
+
+    def note_noise(found: np.ndarray, noise: np.ndarray, rank: int) -> np.ndarray:
+        seen.append(noise)
+        return factors(found, noise, rank)
+
+    monkeypatch.setattr(warmup, "noisy_class_covariances", covariances)
+    monkeypatch.setattr(warmup, "principal_factors", note_noise)
+    loud = replace(LINE, covariance_noise_multiplier=3.0, covariance_clipping_norm=2.0)
+    with_covariances(Central(np.zeros((2, 1, 8, 8)), np.arange(2), released), archive, loud, key=bytes(32))
+    assert np.allclose(seen[0], released)
+    assert np.allclose(seen[1], 3.0 * 2.0**2 / np.sqrt(2) / released)
 
 
 def test_without_classes_there_is_one_covariance(tmp_path: Path) -> None:

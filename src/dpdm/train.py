@@ -373,6 +373,8 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
             central = central_images(run.archive, config, num_classes=num_classes, key=key)
         else:
             central = with_covariances(central, run.archive, config, key=key)
+        if interrupted.is_set():
+            raise KeyboardInterrupt
     assert central is not None  # the caller has looked
     ema = train_on_central_images(
         run.denoiser, central, config, run.config.loss, seed=run.config.train.seed, stops=interrupted.is_set

@@ -175,7 +175,7 @@ def train_on_central_images(
     with Progress("Warm-up", config.num_iterations, unit="steps") as progress:
         for step in range(config.num_iterations):
             if stops():
-                print("The warm-up begins again with --resume; what it bought is not paid for twice.", file=sys.stderr)
+                print("The warm-up begins again when the run goes on; it is not paid for twice.", file=sys.stderr)
                 raise KeyboardInterrupt
             optimizer.param_groups[0]["lr"] = (
                 config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.num_iterations))

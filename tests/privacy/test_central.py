@@ -1,3 +1,5 @@
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -121,7 +123,8 @@ def test_counts_have_the_noise_that_is_said_of_them(monkeypatch: pytest.MonkeyPa
     images, labels = data()
     found: list[np.ndarray] = []
 
-    def note(counts: np.ndarray, noise: float, dataset_size: int) -> np.ndarray:
+    def note(counts: np.ndarray, noise: float, dataset_size: int, *, least: float) -> np.ndarray:
+        assert least == pytest.approx(2 * 5.0 * np.hypot(1, 0.2) * 2.0 / 0.3)  # 2 cells
         assert noise == pytest.approx(5.0 * np.hypot(1, 0.2) / 0.2)  # of a record's count, by the definition
         assert dataset_size == 60
         found.append(counts - np.bincount(labels))
@@ -154,12 +157,37 @@ def test_sizes_of_unequal_classes_are_kept() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    counts=st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=10), noise=st.floats(1e-3, 1e4), n=st.integers(10, 1000)
+    counts=st.lists(st.floats(-1e4, 1e4), min_size=2, max_size=10),
+    noise=st.floats(1e-3, 1e4),
+    least=st.floats(0, 1e3),
+    n=st.integers(10, 1000),
 )
-def test_no_size_is_below_the_noise_or_an_equal_share(counts: list[float], noise: float, n: int) -> None:
-    sizes = class_sizes(np.array(counts), noise, n)
-    assert np.isfinite(sizes).all()
-    assert sizes.min() >= min(noise, n / len(counts)) > 0
+def test_sizes_are_between_the_floor_and_what_it_leaves(
+    counts: list[float], noise: float, least: float, n: int
+) -> None:
+    sizes = class_sizes(np.array(counts), noise, n, least=least)
+    equal = n / len(counts)
+    assert sizes.min() >= (1 - 1e-12) * min(max(noise, least), equal) > 0
+    assert sizes.max() <= n
+    if noise >= equal or least >= equal:
+        assert np.allclose(sizes, equal)
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.2, 1.0])
+def test_rounding_of_the_largest_counts_is_paid_for(weight: float) -> None:
+    """In exact arithmetic: pixels of norm C_w (1 - 1e-7) and what one record moves the float64 count by."""
+    for norm in (0.7, 14.0, 55.426):
+        unit = weight * norm
+        sensitivity = Fraction(norm * math.hypot(1.0, weight))
+        for total in (LARGEST_DATASET, LARGEST_DATASET - 1, 3_000_001, 2_796_203):
+            count = Fraction(total * unit) - Fraction((total - 1) * unit)
+            assert Fraction(norm * (1 - 1e-7)) ** 2 + count**2 < sensitivity**2
+
+
+@pytest.mark.parametrize("weight", [-0.2, 0.009, 1.1, 1e-155, math.inf])
+def test_a_weight_for_which_nothing_is_proved_is_refused(weight: float) -> None:
+    with pytest.raises(InputError, match=r"train\.warmup\.count_weight"):
+        WarmupConfig(count_weight=weight)
 
 
 def test_the_cell_of_a_record_depends_on_no_other_record() -> None:

@@ -42,7 +42,10 @@ def one_page(statement: Mapping[str, Any], checks: Sequence[str], limits: Sequen
     guarantee = Guarantee.from_statement(statement)
     sections = [
         ("WHAT IS PROMISED", _promise(guarantee, statement)),
-        ("WHAT WAS DONE WITH THE PRIVATE IMAGES", _mechanisms(guarantee)),
+        (
+            "WHAT WAS DONE WITH THE PRIVATE IMAGES",
+            _mechanisms(guarantee, counted="noisy sizes of the classes" in str(statement.get("warmup"))),
+        ),
         ("WHAT THE PROMISE RESTS ON", [*guarantee.assumptions, *_said(statement, RESTS_ON)]),
         ("WHAT IT DOES NOT COVER", [*guarantee.not_covered, *_said(statement, NOT_COVERED)]),
         ("WHAT WAS CHECKED HERE", checks),
@@ -108,7 +111,7 @@ def _group(size: str, group: Mapping[str, Any], noun: str) -> str:
     return f"{size} together by epsilon {round_up(group['epsilon'])}, delta {round_up(group['delta'])}"
 
 
-def _mechanisms(guarantee: Guarantee) -> Iterator[str]:
+def _mechanisms(guarantee: Guarantee, *, counted: bool) -> Iterator[str]:
     if guarantee.repeated:
         yield (
             "Private selection: all of this was done a secret random number of times, on average "
@@ -116,7 +119,10 @@ def _mechanisms(guarantee: Guarantee) -> Iterator[str]:
             "noisy score was kept. Epsilon counts all of it."
         )
     for mechanism in guarantee.mechanisms:
-        yield f"{MEANING.get(mechanism.name, mechanism.name)}: {_use(mechanism, guarantee.noun)}"
+        meaning = MEANING.get(mechanism.name, mechanism.name)
+        if counted and mechanism.name == "central images":
+            meaning = "Central images (a noisy average of each class, and its noisy size)"
+        yield f"{meaning}: {_use(mechanism, guarantee.noun)}"
     yield f"In a step of training the pull of {guarantee.unit} was cut to length {guarantee.clipping_norm:g}."
 
 

@@ -16,6 +16,9 @@ from dpdm.privacy.noise import derive_key, random_words
 
 GRID = 2.0**40
 LARGEST_DATASET = 2**22  # so many vectors in [0, 1], in units of the grid, fit 63 bits
+SMALLEST_COUNT_WEIGHT = 0.01  # with less, counts are noise alone
+LARGEST_COUNT_WEIGHT = 1.0  # so that the margin of 1e-7 in the norm of the pixels pays for the rounding of counts
+LARGEST_PIXEL_NOISE = 0.3  # of a mean, whose pixels run from 0 to 1, that a small class's own size may bring about
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,13 @@ class WarmupConfig:
 
     Attributes:
         enabled: buy the means and train on them first.
-        noise_multiplier: noise standard deviation / clipping_norm of the one release of all means.
+        noise_multiplier: noise standard deviation / sensitivity of the one release of all means and sizes, where the
+            sensitivity is clipping_norm * sqrt(1 + count_weight^2).
         means_per_class: cells per class.
         clipping_norm: bound on one image's vector, pixels in [0, 1]; None: half the norm of an all-white image.
         count_weight: what an image counts for in the size of its class, as a share of clipping_norm; 0: classes are
-            taken to be equally large. It adds to every image's vector, so more of it means more noise in the means.
+            taken to be equally large; else in [0.01, 1]. It adds to every image's vector, so more of it means more
+            noise in the means.
         covariance_noise_multiplier: noise standard deviation / covariance_clipping_norm^2 of the one release of all
             classes' covariances; None: they are not bought.
         covariance_clipping_norm: bound on an image's distance from its class's noisy mean, pixels in [0, 1], after it
@@ -80,6 +85,11 @@ class WarmupConfig:
         for name in ("count_weight", "num_iterations", "augmentation", "blur", "contrast"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"Expected a finite train.warmup.{name} >= 0, got {getattr(self, name)}.")
+        if self.count_weight and not SMALLEST_COUNT_WEIGHT <= self.count_weight <= LARGEST_COUNT_WEIGHT:
+            raise InputError(
+                f"Expected train.warmup.count_weight=0, or in [{SMALLEST_COUNT_WEIGHT}, {LARGEST_COUNT_WEIGHT:g}], got "
+                f"{self.count_weight}: 0.2 is what the recipe has."
+            )
         if not 0 <= self.ema_rate < 1:
             raise InputError(f"Expected 0 <= train.warmup.ema_rate < 1, got {self.ema_rate}.")
 
@@ -143,7 +153,7 @@ def noisy_class_means(
         clipping_norm: C_w > 0.
         noise_multiplier: noise standard deviation / S.
         key: of this purpose alone.
-        count_weight: at least 0.
+        count_weight: 0, or as ``WarmupConfig`` allows it.
     """
     if dataset_size > LARGEST_DATASET:
         raise InputError(
@@ -177,21 +187,25 @@ def noisy_class_means(
     sizes = np.full(num_classes, dataset_size / num_classes)
     if counted:
         unit = counted * clipping_norm
-        sizes = class_sizes(noisy_counts / unit, noise_multiplier * sensitivity / unit, dataset_size)
+        deviation = noise_multiplier * sensitivity
+        least = means_per_class * deviation / LARGEST_PIXEL_NOISE
+        sizes = class_sizes(noisy_counts / unit, deviation / unit, dataset_size, least=least)
     return ClassMeans(noisy_sums / np.repeat(sizes / means_per_class, means_per_class)[:, None], sizes)
 
 
-def class_sizes(counts: np.ndarray, noise: float, dataset_size: int) -> np.ndarray:
+def class_sizes(counts: np.ndarray, noise: float, dataset_size: int, *, least: float = 0.0) -> np.ndarray:
     """Returns how large the classes are, by noisy counts and the public total.
 
     Counts are shifted so that they add up to N. As far as they differ from N / num_classes by no more than their noise
     does, they are drawn back to it: by the share of the noise's variance in that of the differences (empirical Bayes;
-    Efron and Morris 1973). No size is below the noise, or N / num_classes if that is less. Looks at no data.
+    Efron and Morris 1973). No size is below the noise and ``least``, or N / num_classes if that is less, nor so large
+    that the others would have to be. Where noise hides all sizes, they are thus equal. Looks at no data.
 
     Args:
         counts: (num_classes >= 2,), noisy.
-        noise: their standard deviation.
+        noise: their standard deviation, above 0.
         dataset_size: N.
+        least: below which a size would make too much of the noise in what is divided by it.
 
     Returns:
         (num_classes,) float64.
@@ -200,7 +214,8 @@ def class_sizes(counts: np.ndarray, noise: float, dataset_size: int) -> np.ndarr
     differences = counts - counts.mean()  # those of counts that add up to N, from ``equal``
     spread = np.square(differences).sum() / (len(counts) - 1)
     kept = max(0.0, 1.0 - noise**2 / spread) if spread else 0.0
-    return np.maximum(equal + kept * differences, min(noise, equal))
+    floor = min(max(noise, least), equal)
+    return np.clip(equal + kept * differences, floor, dataset_size - (len(counts) - 1) * floor)
 
 
 def default_clipping_norm(num_pixels: int) -> float:
