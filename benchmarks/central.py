@@ -43,8 +43,8 @@ def measure(archive: ImageArchive, tested: ImageArchive, config: WarmupConfig) -
     return logistic_regression_accuracy(images, labels, tested.read(rows), tested.labels[rows]).value
 
 
-def unequal(archive: ImageArchive, path: Path) -> Path:
-    """Writes ``path``, an archive with the first 1 / (c + 1) of the images of each class c."""
+def unequal(archive: ImageArchive, path: Path) -> ImageArchive:
+    """Writes ``path`` and returns it, an archive with the first 1 / (c + 1) of the images of each class c."""
     assert archive.labels is not None
     kept = [
         rows[: len(rows) // (c + 1)]
@@ -54,7 +54,7 @@ def unequal(archive: ImageArchive, path: Path) -> Path:
     with ArchiveWriter(path) as writer:
         for row in np.sort(np.concatenate(kept)):
             writer.add(archive.read(np.array([row]))[0], int(archive.labels[row]))
-    return path
+    return ImageArchive(path)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -88,9 +88,8 @@ def main(arguments: Sequence[str]) -> None:
         path = options.data
         if not (path.suffix == ".zip" and is_archive(path)):
             path = prepare(str(path), Path(folder) / "images.zip").path
-        archive = given = ImageArchive(path)
-        if options.unequal:
-            given = ImageArchive(unequal(archive, Path(folder) / "unequal.zip"))
+        archive = ImageArchive(path)
+        given = unequal(archive, Path(folder) / "unequal.zip") if options.unequal else archive
         accuracy = measure(given, archive, config)
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "json")}
     print(json.dumps({**settings, "accuracy": accuracy}) if options.json else f"{settings}: {100 * accuracy:.1f} %")

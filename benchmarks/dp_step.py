@@ -336,7 +336,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
     names = [way for way in WAYS if way not in PEERS or way in arguments.peers]
     if not has_bf16(arguments.device):
-        print("bf16 is not measured: this CPU emulates it, ten times slower.", file=sys.stderr)
+        print("bf16 is not measured: this CPU has none of its own.", file=sys.stderr)
         names = [way for way in names if not way.endswith("_bf16")]
     steps = {}
     for name in names:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dpdm.config import Config
-from dpdm.evaluation.guarantee import UNITS
+from dpdm.evaluation.guarantee import COUNTED, UNITS
 from dpdm.initial import Source, sentences
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Selection, Spend, parts
@@ -137,7 +137,7 @@ def make_statement(
     if warmup := config.train.warmup.mechanisms():
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
         if config.train.warmup.count_weight and (data.num_classes or 0) > 1:
-            statement["warmup"] += ", and with them, in the same vector, noisy sizes of the classes"
+            statement["warmup"] += f", and with them, in the same vector, {COUNTED}"
         if len(warmup) > 1:
             statement["warmup"] += f"; {words.covariances}"
     return statement | _further(sources, half)

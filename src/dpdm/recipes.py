@@ -48,8 +48,9 @@ def recipe(
     levels = 1
     while levels < 3 and resolution % 2**levels == 0 and resolution // 2**levels >= COARSEST:
         levels += 1
-    central = central_noise_multiplier(dataset_size, resolution, num_channels, num_classes, epsilon, delta)
-    covariances = COVARIANCE_COST * gaussian_noise_multiplier(epsilon, delta)
+    whole = gaussian_noise_multiplier(epsilon, delta)
+    central = central_noise_multiplier(dataset_size, resolution, num_channels, num_classes, whole)
+    covariances = COVARIANCE_COST * whole
     side = covariance_side(dataset_size, resolution, num_channels, num_classes, covariances)
     return [
         f"model.network.width={32 if large else 16}",
@@ -76,17 +77,16 @@ def recipe(
 
 
 def central_noise_multiplier(
-    dataset_size: int, resolution: int, num_channels: int, num_classes: int, epsilon: float, delta: float
+    dataset_size: int, resolution: int, num_channels: int, num_classes: int, whole: float
 ) -> float:
     """Returns the noise of the central images: what the eye tolerates, but never more than a small share of the budget.
 
-    With a noise multiplier of 10 (or 3) times what would spend the whole budget in one full-batch Gaussian release, the
-    central images take 1 % (11 %) of it, in terms of the sum of squares that Gaussian mechanisms compose by.
+    With a noise multiplier of 10 (or 3) times ``whole``, which would spend the budget in one full-batch Gaussian
+    release, the central images take 1 % (11 %) of it, by the sum of squares that Gaussian mechanisms compose by.
     """
     norm_bound = default_clipping_norm(num_channels * resolution**2)
     tolerated = CENTRAL_NOISE if dataset_size < LARGE else FINE_CENTRAL_NOISE
     wanted = tolerated * dataset_size / max(num_classes, 1) / norm_bound
-    whole = gaussian_noise_multiplier(epsilon, delta)
     return float(f"{min(max(wanted, 3 * whole), 30 * whole):.3g}")
 
 

@@ -365,6 +365,12 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
     Raises:
         KeyboardInterrupt: after Ctrl-C. Nothing of it is saved: resumed, the run draws the same again, at no cost.
     """
+
+    def stop_if_asked() -> None:
+        if interrupted.is_set():
+            print("The warm-up begins again when the run goes on; it is not paid for twice.", file=sys.stderr)
+            raise KeyboardInterrupt
+
     config, num_classes = run.config.train.warmup, run.denoiser.network.num_classes
     central = None
     for mechanism in run.plan.warmup:
@@ -373,11 +379,10 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
             central = central_images(run.archive, config, num_classes=num_classes, key=key)
         else:
             central = with_covariances(central, run.archive, config, key=key)
-        if interrupted.is_set():
-            raise KeyboardInterrupt
+        stop_if_asked()
     assert central is not None  # the caller has looked
     ema = train_on_central_images(
-        run.denoiser, central, config, run.config.loss, seed=run.config.train.seed, stops=interrupted.is_set
+        run.denoiser, central, config, run.config.loss, seed=run.config.train.seed, before_step=stop_if_asked
     )
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser, run.config.model.ema_rates)

@@ -1,7 +1,6 @@
 """The warm-up: ordinary training on what was bought with noise. It costs no privacy of its own."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -155,14 +154,12 @@ def train_on_central_images(
     loss_config: LossConfig,
     *,
     seed: int,
-    stops: Callable[[], bool] = lambda: False,
+    before_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Trains ``denoiser`` in place on augmented central images; returns the weights' moving average.
 
     Everything here is a function of what was released and of public randomness: post-processing.
-
-    Raises:
-        KeyboardInterrupt: if ``stops`` says so before a step.
+    ``before_step`` may end it by an exception.
     """
     device = next(denoiser.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -174,9 +171,7 @@ def train_on_central_images(
     draw = sampler(central, generator, device)
     with Progress("Warm-up", config.num_iterations, unit="steps") as progress:
         for step in range(config.num_iterations):
-            if stops():
-                print("The warm-up begins again when the run goes on; it is not paid for twice.", file=sys.stderr)
-                raise KeyboardInterrupt
+            before_step()
             optimizer.param_groups[0]["lr"] = (
                 config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.num_iterations))
             )

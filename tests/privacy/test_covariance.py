@@ -31,7 +31,7 @@ def found(
         clipping_norm=CLIP,
         noise_multiplier=sigma,
         key=key,
-        class_sizes=class_sizes,
+        class_sizes=np.full(num_classes, len(vectors) / num_classes) if class_sizes is None else class_sizes,
     )
 
 
@@ -129,7 +129,14 @@ def test_sums_are_exact_up_to_the_largest_data_set() -> None:
     assert LARGEST_DATASET * UNIT**2 <= 2.0**53
     with pytest.raises(InputError, match="covariance_noise_multiplier=null"):
         noisy_class_covariances(
-            [], None, dataset_size=2**23, num_classes=1, clipping_norm=1.0, noise_multiplier=1.0, key=KEY
+            [],
+            None,
+            dataset_size=2**23,
+            num_classes=1,
+            clipping_norm=1.0,
+            noise_multiplier=1.0,
+            key=KEY,
+            class_sizes=np.ones(1),
         )
 
 
@@ -142,7 +149,14 @@ def test_too_many_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_records_are_noticed() -> None:
     with pytest.raises(ValueError, match="Expected 70 images, got 60"):
         noisy_class_covariances(
-            [data()[0]], None, dataset_size=70, num_classes=1, clipping_norm=1.0, noise_multiplier=1.0, key=KEY
+            [data()[0]],
+            None,
+            dataset_size=70,
+            num_classes=1,
+            clipping_norm=1.0,
+            noise_multiplier=1.0,
+            key=KEY,
+            class_sizes=np.ones(1),
         )
 
 

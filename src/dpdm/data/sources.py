@@ -35,12 +35,12 @@ def open_source(source: str, *, cache_dir: Path | None = None, attribute: str | 
         InputError: if there is no such source, it is damaged, or a name is that of a file or folder here as well.
         RunError: if a download fails.
     """
-    path = source_path(source)
-    if path is None and source and Path(source).exists():
+    if source in NAMES and Path(source).exists():
         raise InputError(
             f"Expected a source with one meaning, got {source!r}, which names a data set and is here as well: give "
             f"./{source} for what is here, or work in another folder to get the data set."
         )
+    path = source_path(source)
     if path is not None and path.exists() and not path.name.endswith(SUFFIXES):
         return _open_path(path, attribute)
     if attribute is not None:

@@ -19,6 +19,7 @@ REQUIRED = (
     "assumptions",
     "not_covered",
 )
+COUNTED = "noisy sizes of the classes"  # words of a statement whose central images counted
 UNITS = {"image": "one image", "group": "one person (all of their images)"}  # as data.unit says
 
 

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dpdm.evaluation.guarantee import Guarantee, Mechanism, attack_power, odds, percent_up, round_up
+from dpdm.evaluation.guarantee import COUNTED, Guarantee, Mechanism, attack_power, odds, percent_up, round_up
 
 WIDTH = 110  # characters in a line; the page then has about 65 lines
 FALSE_ALARMS = 0.01
@@ -44,7 +44,7 @@ def one_page(statement: Mapping[str, Any], checks: Sequence[str], limits: Sequen
         ("WHAT IS PROMISED", _promise(guarantee, statement)),
         (
             "WHAT WAS DONE WITH THE PRIVATE IMAGES",
-            _mechanisms(guarantee, counted="noisy sizes of the classes" in str(statement.get("warmup"))),
+            _mechanisms(guarantee, counted=COUNTED in str(statement.get("warmup"))),
         ),
         ("WHAT THE PROMISE RESTS ON", [*guarantee.assumptions, *_said(statement, RESTS_ON)]),
         ("WHAT IT DOES NOT COVER", [*guarantee.not_covered, *_said(statement, NOT_COVERED)]),

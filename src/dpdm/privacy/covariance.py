@@ -32,7 +32,7 @@ def noisy_class_covariances(
     clipping_norm: float,
     noise_multiplier: float,
     key: bytes,
-    class_sizes: np.ndarray | None = None,
+    class_sizes: np.ndarray,
 ) -> np.ndarray:
     """Returns, for each class, a noisy sum of r r^T over its records' vectors r, divided by the class's size.
 
@@ -54,7 +54,7 @@ def noisy_class_covariances(
         clipping_norm: C_r > 0.
         noise_multiplier: noise standard deviation / C_r^2.
         key: of this purpose alone.
-        class_sizes: (num_classes,); None: N / num_classes.
+        class_sizes: (num_classes,), above 0.
 
     Returns:
         (num_classes, D, D) float64, symmetric; with noise it may have negative eigenvalues.
@@ -95,8 +95,7 @@ def noisy_class_covariances(
     found = np.zeros_like(sums)
     found[:, *upper] = noisy.reshape(num_classes, -1) / factor
     found[:, upper[1], upper[0]] = found[:, *upper]
-    sizes = np.full(num_classes, dataset_size / num_classes) if class_sizes is None else class_sizes
-    return found * (clipping_norm**2 / sizes)[:, None, None]
+    return found * (clipping_norm**2 / class_sizes)[:, None, None]
 
 
 def num_entries(size: int) -> int:
