@@ -162,6 +162,10 @@ def test_a_missing_folder_or_binary_file_is_no_config(tmp_path: Path) -> None:
         (["dp.noise_multiplier=1", "train.num_iterations=2", "dp.delta=0.001"], "delta < 1/N = 0.001 for 1000"),
         (["dp.noise_multiplier=1", "train.num_iterations=2", "train.expected_batch_size=1001"], "<= 1000"),
         (["dp.noise_multiplier=1", "train.num_epochs=1e-9"], "train.num_epochs to be enough for one step"),
+        (
+            ["dp.noise_multiplier=1", "train.num_iterations=2", "sampler.class_weights=[9, 1]"],
+            "no sampler.class_weights in a private training, or equal ones",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_planned_is_refused(overrides: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dpdm import checkpoint, train
+from dpdm import checkpoint, train, warmup
 from dpdm import config as configs
-from dpdm.data.archive import ArchiveWriter
+from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError, RunError
+from dpdm.generate import draw
 from dpdm.privacy.accounting import epsilon_spent, parts
+from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.ledger import Ledger
-from dpdm.release import load_config, load_denoiser, make_release
+from dpdm.release import load_config, load_denoiser, make_release, sampling_config
 from dpdm.verify import verify
 from dpdm.workdir import Workdir
 
@@ -53,6 +56,29 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workdir:
     workdir = Workdir(root / "run")
     train.train(configs.load([], overrides), workdir)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def counted(finished: Workdir, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workdir, np.ndarray]:
+    """A run on 30 images of class a and 10 of class b that bought noisy sizes of both, not released yet; the sizes."""
+    root = tmp_path_factory.mktemp("counted")
+    with ArchiveWriter(root / "images.zip", ["a", "b"]) as writer:
+        for index in range(40):
+            writer.add(np.full((1, 8, 8), index, np.uint8), int(index >= 30))
+    keys = [f"data.path={root / 'images.zip'}", "train.warmup.noise_multiplier=0.3", "train.warmup.count_weight=1"]
+    bought: list[np.ndarray] = []
+    original = train.central_images
+
+    def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> warmup.Central:
+        found = original(archive, config, num_classes=num_classes, key=key)
+        bought.append(found.class_sizes)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "central_images", central_images)
+        train.train(configs.load([finished.config], keys), Workdir(root / "run"))
+    (sizes,) = bought
+    return Workdir(root / "run"), sizes
 
 
 @pytest.fixture
@@ -98,6 +124,45 @@ def test_another_average_may_be_released(workdir: Workdir, rate: float) -> None:
         assert torch.equal(tensor, found[name].detach())
         assert rate > 0 or torch.equal(tensor, state.parameters[name])
     assert any(not torch.equal(tensor, state.ema[name]) for name, tensor in wanted.items())
+
+
+def test_images_are_drawn_by_the_noisy_sizes_of_their_classes(
+    counted: tuple[Workdir, np.ndarray], tmp_path: Path
+) -> None:
+    run, sizes = counted
+    shutil.copytree(run.root, tmp_path / "run")
+    workdir = Workdir(tmp_path / "run")
+    assert sampling_config(workdir).sampler.class_weights == ()  # nothing is released yet
+    release = make_release(workdir)
+    weights = load_config(release).sampler.class_weights
+    assert weights == pytest.approx(sizes, rel=5e-4)
+    assert list(weights) == pytest.approx([30, 10], abs=4)
+    assert list(weights) != [30, 10]
+    assert verify(release).problems == []
+    assert "in proportion to their noisy sizes" in (release / "README.md").read_text(encoding="utf-8")
+    config = sampling_config(workdir)
+    assert config.sampler.class_weights == weights
+    few = replace(config, sampler=replace(config.sampler, num_steps=2, type="dpm_solver_pp"))
+    _, labels = draw(load_denoiser(release), few, num_images=400)
+    assert labels is not None
+    assert (labels == 0).mean() == pytest.approx(weights[0] / sum(weights), abs=0.1)
+
+
+def test_equal_weights_of_classes_may_be_asked_for(counted: tuple[Workdir, np.ndarray], tmp_path: Path) -> None:
+    shutil.copytree(counted[0].root, tmp_path / "run")
+    workdir = Workdir(tmp_path / "run")
+    config = configs.load([workdir.config], ["sampler.class_weights=[1, 1]"])
+    configs.save(config, workdir.config)
+    release = make_release(workdir)
+    assert load_config(release).sampler.class_weights == (1.0, 1.0)
+    assert "noisy sizes" not in (release / "README.md").read_text(encoding="utf-8")
+    assert verify(release).problems == []
+
+
+def test_weights_that_were_not_bought_do_not_leave(workdir: Workdir) -> None:
+    """Though no such run begins: somebody may have written them into the run's config."""
+    configs.save(configs.load([workdir.config], ["sampler.class_weights=[3, 1]"]), workdir.config)
+    assert load_config(make_release(workdir)).sampler.class_weights == ()
 
 
 def test_an_average_that_was_not_kept_is_refused(workdir: Workdir) -> None:

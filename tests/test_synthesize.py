@@ -12,8 +12,10 @@ from PIL import Image
 
 from dpdm.cli import run_command
 from dpdm.data.archive import ImageArchive
+from dpdm.diffusion.image_noise import image_labels
 from dpdm.errors import InputError
 from dpdm.privacy.ledger import Ledger
+from dpdm.release import load_config
 from dpdm.synthesize import Request, synthesize
 from dpdm.workdir import Workdir
 
@@ -145,6 +147,12 @@ def test_a_folder_of_ones_own(classes: tuple[str, ...], tmp_path: Path) -> None:
     synthetic = ImageArchive(tmp_path / "w" / "synthetic.zip")
     assert (synthetic.num_images, synthetic.num_channels, synthetic.resolution) == (7, 3, 8)
     assert (synthetic.labels is not None) == (len(classes) > 1) == ("accuracy" in result)
+    if synthetic.labels is not None:  # in the proportions that the release tells
+        weights = load_config(tmp_path / "w" / "release").sampler.class_weights
+        assert len(weights) == len(classes)
+        drawn = image_labels(None, 0, range(7), len(classes), weights)
+        assert drawn is not None
+        assert synthetic.labels.tolist() == drawn.tolist()
     statement = json.loads((tmp_path / "w" / "release" / "privacy.json").read_text())
     assert statement["delta"] == 1e-5
     private, held_out = (ImageArchive(tmp_path / "w" / "private" / f"{name}.zip") for name in ("train", "holdout"))

@@ -142,6 +142,7 @@ def test_a_forged_statement_is_refused(release: Path, change: Callable[[Any], An
         (lambda c: c["dp"].update(epsilon=0.1, noise_multiplier=None), "is above the budget in config.json, 0.1"),
         (lambda c: c["train"]["warmup"].update(noise_multiplier=1.0), "the mechanism of central images"),
         (lambda c: c["train"]["warmup"].update(count_weight=0.2), "warmup in privacy.json is not what"),
+        (lambda c: c["sampler"].update(class_weights=[30.0, 10.0]), "for which nothing was bought"),
         (lambda c: c["data"].update(path="images"), "config.json is not that of a release: data.path"),
         (lambda c: c["train"].update(seed=7), "config.json is not that of a release: train.seed"),
         (lambda c: c["dp"].update(seed=7), "config.json is not that of a release: dp.seed"),

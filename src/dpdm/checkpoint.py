@@ -33,6 +33,7 @@ class TrainState:
         exp_avg, exp_avg_sq: Adam's moments, of the parameters that are trained.
         step: weight updates of DP-SGD so far.
         warmup: the average's weights after the warm-up; empty without one.
+        central: what else the warm-up bought: "class_sizes", noisy, (num_classes,) float64, if classes were counted.
         curves: per-step private figures, each (step,) float64.
     """
 
@@ -43,6 +44,7 @@ class TrainState:
     averages: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
     warmup: dict[str, Tensor] = field(default_factory=dict)
+    central: dict[str, Tensor] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
 
     def average(self, rate: float) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ class TrainState:
         return {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
 
 
-GROUPS = ("parameters", "ema", "averages", "exp_avg", "exp_avg_sq", "warmup")
+GROUPS = ("parameters", "ema", "averages", "exp_avg", "exp_avg_sq", "warmup", "central")
 
 
 def save(path: Path, state: TrainState, facts: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from dpdm.files import write_json
 from dpdm.generate import draw
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism, spend_from
+from dpdm.release import sampling_config
 from dpdm.run import open_archive
 from dpdm.workdir import Workdir
 
@@ -314,7 +315,7 @@ def warmup_images(workdir: Workdir, count: int) -> ImageSet | None:
     state, _ = checkpoint.load(workdir.checkpoint)
     if not state.warmup:
         return None
-    config = configs.load([workdir.config])
+    config = sampling_config(workdir)
     denoiser = configs.build_denoiser(config)
     denoiser.network.load_state_dict(state.warmup)
     return ImageSet("warm-up", *draw(denoiser.to(pick_device(config.setup.device)), config, num_images=count))

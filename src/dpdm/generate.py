@@ -164,7 +164,8 @@ def _lay_out(images: np.ndarray) -> Image.Image:
 
 def _labels(denoiser: Denoiser, config: Config, count: int) -> np.ndarray | None:
     sampler = config.sampler
-    labels = image_labels(sampler.labels, sampler.seed, range(count), denoiser.network.num_classes)
+    classes = denoiser.network.num_classes
+    labels = image_labels(sampler.labels, sampler.seed, range(count), classes, sampler.class_weights)
     return None if labels is None else labels.numpy()
 
 

@@ -23,7 +23,7 @@ them, are ({round_up(statement["epsilon"])}, {statement["delta"]:g})-differentia
 adding or removing {statement["unit"]}{label}, under the assumptions in `privacy.json`.
 {beginning}
 {mechanisms}
-{_rounding_note(statement)}
+{_classes_note(config)}{_rounding_note(statement)}
 What is assumed and what is not covered stands in `privacy.json`. Check it by `dpdm verify .`; draw images by
 `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
 """
@@ -84,6 +84,15 @@ spent. {said}
 Nothing in the checkpoint could support or refute a claim, and `dpdm verify .` says so.
 {_rounding_note(statement)}
 Draw images by `dpdm sample --workdir OUT -- model.ckpt=. sampler.num_images=100`.
+"""
+
+
+def _classes_note(config: Config) -> str:
+    if len(set(config.sampler.class_weights)) < 2:
+        return ""
+    return """
+Classes are drawn in proportion to their noisy sizes, which central images told (`sampler.class_weights` in
+`config.json`); `sampler.class_weights=[]` draws them equally often.
 """
 
 

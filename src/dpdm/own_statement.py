@@ -136,7 +136,7 @@ def make_statement(
     }
     if warmup := config.train.warmup.mechanisms():
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
-        if config.train.warmup.count_weight and (data.num_classes or 0) > 1:
+        if config.train.warmup.counts(data.num_classes or 0):
             statement["warmup"] += f", and with them, in the same vector, {COUNTED}"
         if len(warmup) > 1:
             statement["warmup"] += f"; {words.covariances}"

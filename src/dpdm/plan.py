@@ -87,6 +87,12 @@ def check_keys(config: Config) -> None:
     dp, train = config.dp, config.train
     if dp.enabled:
         account.check_target(dp.epsilon, dp.noise_multiplier, "dp.epsilon", "dp.noise_multiplier")
+        if len(set(config.sampler.class_weights)) > 1:
+            raise InputError(
+                "Expected no sampler.class_weights in a private training, or equal ones, got others: they would be "
+                "released as they are. Leave them out (train.warmup.count_weight buys the classes' sizes), or give "
+                "them to dpdm sample."
+            )
     else:
         check_public(config)
     if train.num_iterations is None and train.num_epochs is None:

@@ -46,8 +46,12 @@ def make_release(workdir: Workdir, ema_rate: float | None = None, *, half: bool 
 
     With ``half`` the weights are rounded to float16, which halves the file.
 
+    Where the sizes of the classes were bought with noise, they become the config's ``sampler.class_weights``, so that
+    images will be drawn in their proportions, unless the run's config asks for equal ones.
+
     Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger and
     of the weights that the statement names as their beginning; the statement's epsilon is computed from the ledger.
+    ``sampler.class_weights`` are what the mechanism of central images told of the classes' sizes, or all equal.
     Nothing else is read from ``private/``. What was trained without privacy is released if its images were declared
     public, under a statement that gives no guarantee.
 
@@ -86,6 +90,8 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
     average = merged(state.average(ema_rate) if ema_rate in kept else state.ema)
     rate = ema_rate if ema_rate is not None else config.model.ema_rate
     config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
+    if config.dp.enabled:
+        config = replace(config, sampler=replace(config.sampler, class_weights=_class_weights(config, state)))
     weights = to_half(average) if half else {name: tensor.contiguous() for name, tensor in average.items()}
     plan, sources = ledger.header["plan"], read_sources(ledger.header["initial_weights"])
     if config.dp.enabled:
@@ -98,6 +104,23 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
     write_release(workdir, weights, redacted(config), statement, card)
     forget_keys(workdir)
     return workdir.release
+
+
+def _class_weights(config: Config, state: checkpoint.TrainState) -> tuple[float, ...]:
+    """Returns equal weights if the config has such, or the noisy sizes of the classes, to four digits, or nothing."""
+    asked = config.sampler.class_weights
+    if asked and len(set(asked)) == 1:
+        return asked
+    return tuple(float(f"{size:.4g}") for size in state.central.get("class_sizes", ()))
+
+
+def sampling_config(workdir: Workdir) -> Config:
+    """Returns a run's config, with the class weights of its release if there is one: as its images are drawn."""
+    config = configs.load([workdir.config])
+    if not workdir.release.exists():
+        return config
+    weights = load_config(workdir.release).sampler.class_weights
+    return replace(config, sampler=replace(config.sampler, class_weights=weights))
 
 
 def convert(file: Path, config: Config, workdir: Workdir, *, half: bool = False) -> Path:

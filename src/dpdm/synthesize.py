@@ -21,7 +21,7 @@ from dpdm.files import write_json, write_text
 from dpdm.generate import make_samples
 from dpdm.privacy import accounting, noise
 from dpdm.recipes import SELECTION, recipe
-from dpdm.release import forget_keys, load_denoiser, make_release
+from dpdm.release import forget_keys, load_denoiser, make_release, sampling_config
 from dpdm.train import train
 from dpdm.workdir import Workdir
 
@@ -110,7 +110,7 @@ def _go_on(request: Request, workdir: Workdir) -> dict[str, Any]:
         if not workdir.ledger.exists():  # nothing was bought: leave the folder as it was found
             start_over(workdir)
         raise
-    config = configs.load([workdir.config])
+    config = sampling_config(workdir)
     if not workdir.synthetic.exists():
         make_samples(
             load_denoiser(workdir.release),

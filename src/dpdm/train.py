@@ -387,6 +387,8 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser, run.config.model.ema_rates)
     state.warmup = {name: tensor.clone() for name, tensor in merged(ema).items()}
+    if config.counts(num_classes):
+        state.central = {"class_sizes": torch.from_numpy(central.class_sizes)}
     return state
 
 

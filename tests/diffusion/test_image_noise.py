@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
-from dpdm.diffusion.image_noise import PerImageNoise, random_label
+from dpdm.diffusion.image_noise import PerImageNoise, image_labels, random_label, weighted_label
+from dpdm.errors import InputError
 
 
 def test_noise_is_decided_by_seed_and_index_alone() -> None:
@@ -31,3 +33,30 @@ def test_random_labels_are_uniform_and_decided_by_seed_and_index_alone() -> None
     assert stats.chisquare(np.bincount(labels, minlength=10)).pvalue > 1e-3
     assert random_label(7, 123, 10) == labels[123]
     assert [random_label(8, index, 10) for index in range(50)] != labels[:50]
+
+
+def test_weighted_labels_have_their_shares_and_are_decided_by_seed_and_index_alone() -> None:
+    weights = (30.0, 0.0, 10.0, 0.5, 19.5, 0.0)
+    found = image_labels(None, 7, range(6000), 6, weights)
+    assert found is not None
+    counts = np.bincount(found, minlength=6)
+    assert counts[[1, 5]].tolist() == [0, 0]
+    shown = np.flatnonzero(weights)
+    assert stats.chisquare(counts[shown], 6000 * np.array(weights)[shown] / 60).pvalue > 1e-3
+    assert image_labels(6, 7, [123], 6, weights) == found[123]  # their number itself is "random", too
+    assert image_labels(None, 8, range(50), 6, weights).tolist() != found[:50].tolist()  # type: ignore[union-attr]
+    assert image_labels(4, 7, range(3), 6, weights).tolist() == [4, 4, 4]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("cumulative", [[0.0, 1.0, 1.0], [0.0, 1e-300, 1e-300], [0.0, 5e-324, 5e-324]])
+@pytest.mark.parametrize("place", [0, 2**256 - 1])
+def test_the_ends_of_the_scale_are_classes_with_a_weight(
+    cumulative: list[float], place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpdm.diffusion.image_noise._digest", lambda *_: place)
+    assert weighted_label(0, 0, cumulative) == 1
+
+
+def test_weights_are_one_for_each_class() -> None:
+    with pytest.raises(InputError, match=r"Expected 3 sampler\.class_weights.*got 2"):
+        image_labels(None, 0, range(4), 3, (1.0, 2.0))

@@ -4,7 +4,9 @@ It has nothing to do with privacy: a seed may be public.
 """
 
 import hashlib
+from bisect import bisect, bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -42,7 +44,22 @@ def random_label(seed: int, index: int, num_classes: int) -> int:
     return _digest("label", seed, index) % num_classes  # 2^256 is so large that the remainder is uniform
 
 
-def image_labels(wanted: int | None, seed: int, indices: Sequence[int], num_classes: int) -> Tensor | None:
+def weighted_label(seed: int, index: int, cumulative: Sequence[float]) -> int:
+    """Returns the class of image ``index``: each as often as its weight is of all, and never one of weight 0.
+
+    Args:
+        seed: of the images.
+        index: of the image.
+        cumulative: sums of the weights, (num_classes,), the last of them above 0.
+    """
+    place = (_digest("label", seed, index) >> 203) / 2**53  # in [0, 1), with all bits that a float64 has
+    last = bisect_left(cumulative, cumulative[-1])  # of weight above 0: where a product is rounded up to the whole sum
+    return bisect(cumulative, place * cumulative[-1], hi=last)
+
+
+def image_labels(
+    wanted: int | None, seed: int, indices: Sequence[int], num_classes: int, weights: Sequence[float] = ()
+) -> Tensor | None:
     """Returns the classes of images, (n,) int64: ``wanted`` for all, or random ones, each decided by (seed, index).
 
     Args:
@@ -50,10 +67,16 @@ def image_labels(wanted: int | None, seed: int, indices: Sequence[int], num_clas
         seed: of the images.
         indices: (n,) of the images.
         num_classes: 0 for an unconditional model, which has no labels: None is returned.
+        weights: of the classes, where random ones are drawn, (num_classes,); empty: all alike.
 
     Raises:
-        InputError: if ``wanted`` is no class.
+        InputError: if ``wanted`` is no class, or there are not as many weights as classes.
     """
+    if weights and len(weights) != num_classes:
+        raise InputError(
+            f"Expected {num_classes} sampler.class_weights, one for each class of the model, got {len(weights)}: "
+            "[] draws classes equally often."
+        )
     if wanted is not None and wanted > num_classes:
         raise InputError(
             f"Expected 0 <= sampler.labels <= {num_classes}, got {wanted}: the model has {num_classes} "
@@ -62,6 +85,9 @@ def image_labels(wanted: int | None, seed: int, indices: Sequence[int], num_clas
     if num_classes == 0:
         return None
     if wanted is None or wanted == num_classes:
+        if weights:
+            sums = list(accumulate(weights))
+            return torch.tensor([weighted_label(seed, index, sums) for index in indices], dtype=torch.int64)
         return torch.tensor([random_label(seed, index, num_classes) for index in indices], dtype=torch.int64)
     return torch.full((len(indices),), wanted, dtype=torch.int64)
 

@@ -38,6 +38,8 @@ class SamplerConfig:
         rho: how strongly the levels crowd at the low end; None is the solver's own of ``SCHEDULES``.
         guidance_scale: w in (1 + w) conditional - w unconditional; 0 is off.
         labels: class of all images; None or the number of classes: a random one for each.
+        class_weights: how often each class is drawn at random, in proportion; empty: all equally often. A release has
+            the noisy sizes of the private classes here, if they were bought (train.warmup.count_weight).
         num_images: to be drawn.
         batch_size: images denoised at a time.
         stochastic: fresh noise in every step (ddim).
@@ -56,6 +58,7 @@ class SamplerConfig:
     rho: float | None = None
     guidance_scale: float = 0.0
     labels: int | None = None
+    class_weights: tuple[float, ...] = ()
     num_images: int = 16
     batch_size: int = 500
     stochastic: bool = False
@@ -67,6 +70,7 @@ class SamplerConfig:
     output: OutputType = "folder"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "class_weights", tuple(self.class_weights))
         for name, choices in {"type": get_args(SamplerType), "output": get_args(OutputType)}.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"Expected sampler.{name} to be one of {list(choices)}, got {getattr(self, name)!r}.")
@@ -75,6 +79,12 @@ class SamplerConfig:
                 raise InputError(f"Expected sampler.{name} >= 1 and <= {most}, got {getattr(self, name)}.")
         if self.labels is not None and self.labels < 0:
             raise InputError(f"Expected sampler.labels >= 0 or null, got {self.labels}: null draws classes.")
+        if not all(0 <= weight < math.inf for weight in self.class_weights) or (
+            self.class_weights and not 0 < sum(self.class_weights) < math.inf
+        ):
+            raise InputError(
+                f"Expected sampler.class_weights >= 0 and finite, one of them above 0, got {list(self.class_weights)}."
+            )
         self.sigmas()
         if not math.isfinite(self.guidance_scale):
             raise InputError(f"Expected sampler.guidance_scale to be finite, got {self.guidance_scale}: 0 is off.")
@@ -314,10 +324,11 @@ def sample(
         Images (n, C, H, W) uint8 and labels (n,) int64 or None, both on the CPU.
 
     Raises:
-        InputError: if ``config.labels`` is no class, or guidance is asked of an unconditional model.
+        InputError: if ``config.labels`` is no class, weights are not one a class, or guidance is asked of an
+            unconditional model.
         RunError: if an image is not finite.
     """
-    labels = image_labels(config.labels, seed, indices, num_classes)
+    labels = image_labels(config.labels, seed, indices, num_classes, config.class_weights)
     noise = PerImageNoise(seed, indices, (num_channels, resolution, resolution), device)
     sigmas = config.sigmas()
     was_training = denoiser.training

@@ -102,6 +102,10 @@ class WarmupConfig:
             return (means,)
         return (means, Mechanism("central covariances", 1.0, self.covariance_noise_multiplier, 1))
 
+    def counts(self, num_classes: int) -> bool:
+        """Whether noisy sizes of the classes are among what it buys; that of a single class is N, which is public."""
+        return self.enabled and self.count_weight > 0 and num_classes > 1
+
 
 @dataclass(frozen=True)
 class ClassMeans:
