@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _charts import ROOT, table, write_between
-from dp_step import NETWORKS, Problem, seconds
+from dp_step import NETWORKS, Problem, has_bf16, seconds
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -262,13 +262,14 @@ def main(given: list[str], page: Path = PAGE) -> None:
     parser.add_argument("--num-steps", type=int, help="default: 50 of ddim, 15 of dpm_solver_pp")
     parser.add_argument("--images", type=int, help="in one batch; default: 16 on a CPU, 256 on a GPU")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: both, where the device has bf16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print an object, and nothing else (several: one a line)")
     parser.add_argument("--docs", action="store_true", help="also write the tables of docs/performance.md")
     arguments = parser.parse_args(given)
     arguments.images = arguments.images or (16 if arguments.device == "cpu" else 256)
+    arguments.precision = arguments.precision or PRECISIONS[: 1 + has_bf16(arguments.device)]
     torch.set_num_threads(arguments.threads)
     use_full_precision()
     results = []

@@ -74,7 +74,8 @@ def test_the_peers_network_is_of_our_size(network: str) -> None:
 
 @needs_diffusers
 def test_sampling_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    sampling.main([*TINY, "--solver", "dpm_solver_pp", "--num-steps", "3", "--images", "2", "--json"])
+    precisions = ["--precision", "float32", "bf16"]
+    sampling.main([*TINY, *precisions, "--solver", "dpm_solver_pp", "--num-steps", "3", "--images", "2", "--json"])
     (figures,) = printed(capsys)
     assert (figures["solver"], figures["num_steps"], figures["images"]) == ("dpm_solver_pp", 3, 2)
     assert figures["ours_evaluations"] == figures["diffusers_evaluations"] == 3
@@ -85,6 +86,18 @@ def test_sampling_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
             assert figures[f"{way}{suffix}_forward_seconds"] > 0
         ratio = figures[f"diffusers{suffix}_seconds"] / figures[f"ours{suffix}_seconds"]
         assert figures[f"ratio{suffix}"] == pytest.approx(ratio)  # of the only round
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_sampling_in_bf16_where_the_device_has_it(
+    has_bf16: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(sampling, "has_bf16", lambda device: has_bf16)
+    sampling.main([*TINY, "--solver", "ddim", "--num-steps", "2", "--images", "1", "--json"])
+    (figures,) = printed(capsys)
+    assert figures["ours_seconds"] > 0
+    assert ("ours_bf16_seconds" in figures) == has_bf16
 
 
 def test_sampling_without_the_peer(
