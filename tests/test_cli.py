@@ -202,6 +202,7 @@ def test_account_totals_ledgers_and_statements(run: Path, capfd: Capture, refuse
         ("data.path=nowhere", "nowhere"),
         ("data.path=null", "data.path"),
         ("data.num_classes=3", "data.num_classes"),
+        ("sampler.class_weights=[1,1,1]", "sampler.class_weights"),
         ("data.resolution=9", "data.resolution"),
         ("model.network.channel_multipliers=[1,1,1,1,1]", "channel_multipliers"),
         ("model.network.attention_resolutions=[5]", "attention_resolutions"),

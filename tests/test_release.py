@@ -60,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Workdir:
 
 @pytest.fixture(scope="module")
 def counted(finished: Workdir, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workdir, np.ndarray]:
-    """A run on 30 images of class a and 10 of class b that bought noisy sizes of both, not released yet; the sizes."""
+    """A run on 30 images of class a and 10 of class b that bought noisy counts, not released yet; the counts."""
     root = tmp_path_factory.mktemp("counted")
     with ArchiveWriter(root / "images.zip", ["a", "b"]) as writer:
         for index in range(40):
@@ -71,14 +71,15 @@ def counted(finished: Workdir, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
     def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> warmup.Central:
         found = original(archive, config, num_classes=num_classes, key=key)
-        bought.append(found.class_sizes)
+        assert found.frequencies is not None
+        bought.append(found.frequencies)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "central_images", central_images)
         train.train(configs.load([finished.config], keys), Workdir(root / "run"))
-    (sizes,) = bought
-    return Workdir(root / "run"), sizes
+    (frequencies,) = bought
+    return Workdir(root / "run"), frequencies
 
 
 @pytest.fixture
@@ -126,22 +127,24 @@ def test_another_average_may_be_released(workdir: Workdir, rate: float) -> None:
     assert any(not torch.equal(tensor, state.ema[name]) for name, tensor in wanted.items())
 
 
-def test_images_are_drawn_by_the_noisy_sizes_of_their_classes(
+def test_images_are_drawn_by_the_noisy_frequencies_of_their_classes(
     counted: tuple[Workdir, np.ndarray], tmp_path: Path
 ) -> None:
-    run, sizes = counted
+    run, frequencies = counted
     shutil.copytree(run.root, tmp_path / "run")
     workdir = Workdir(tmp_path / "run")
     assert sampling_config(workdir).sampler.class_weights == ()  # nothing is released yet
     release = make_release(workdir)
     weights = load_config(release).sampler.class_weights
-    assert weights == pytest.approx(sizes, rel=5e-4)
+    assert weights == pytest.approx(frequencies, rel=5e-4)
     assert list(weights) == pytest.approx([30, 10], abs=4)
     assert list(weights) != [30, 10]
     assert verify(release).problems == []
-    assert "in proportion to their noisy sizes" in (release / "README.md").read_text(encoding="utf-8")
+    assert "drawn by their noisy frequencies" in (release / "README.md").read_text(encoding="utf-8")
     config = sampling_config(workdir)
     assert config.sampler.class_weights == weights
+    equal = configs.load([release / "config.json"], ["sampler.class_weights=[]"])
+    assert equal.sampler.class_weights == ()
     few = replace(config, sampler=replace(config.sampler, num_steps=2, type="dpm_solver_pp"))
     _, labels = draw(load_denoiser(release), few, num_images=400)
     assert labels is not None
@@ -151,12 +154,25 @@ def test_images_are_drawn_by_the_noisy_sizes_of_their_classes(
 def test_equal_weights_of_classes_may_be_asked_for(counted: tuple[Workdir, np.ndarray], tmp_path: Path) -> None:
     shutil.copytree(counted[0].root, tmp_path / "run")
     workdir = Workdir(tmp_path / "run")
-    config = configs.load([workdir.config], ["sampler.class_weights=[1, 1]"])
+    config = configs.load([workdir.config], ["sampler.class_weights=[10, 10]"])
     configs.save(config, workdir.config)
     release = make_release(workdir)
     assert load_config(release).sampler.class_weights == (1.0, 1.0)
-    assert "noisy sizes" not in (release / "README.md").read_text(encoding="utf-8")
+    assert "noisy frequencies" not in (release / "README.md").read_text(encoding="utf-8")
     assert verify(release).problems == []
+
+
+def test_what_an_older_run_did_not_keep_is_said(
+    counted: tuple[Workdir, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(counted[0].root, tmp_path / "run")
+    workdir = Workdir(tmp_path / "run")
+    state, facts = checkpoint.load(workdir.checkpoint)
+    assert state.central
+    checkpoint.save(workdir.checkpoint, replace(state, central={}), facts)
+    release = make_release(workdir)
+    assert load_config(release).sampler.class_weights == ()
+    assert "all classes equally often" in capsys.readouterr().err
 
 
 def test_weights_that_were_not_bought_do_not_leave(workdir: Workdir) -> None:

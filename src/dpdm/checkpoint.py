@@ -33,7 +33,8 @@ class TrainState:
         exp_avg, exp_avg_sq: Adam's moments, of the parameters that are trained.
         step: weight updates of DP-SGD so far.
         warmup: the average's weights after the warm-up; empty without one.
-        central: what else the warm-up bought: "class_sizes", noisy, (num_classes,) float64, if classes were counted.
+        central: what else the warm-up bought, by name: "frequencies" of the classes, noisy, (num_classes,) float64, if
+            they were counted.
         curves: per-step private figures, each (step,) float64.
     """
 
@@ -134,7 +135,7 @@ def check_accounted(state: TrainState, facts: dict[str, Any], ledger: Ledger) ->
             f"Expected ledger {ledger.path} to hold the line that the checkpoint was saved after, found none: one "
             "of the two is another run's or damaged; start a new run."
         )
-    bought = [m["name"] for m in ledger.header["plan"]["warmup"]] if state.warmup else []
+    bought = [m["name"] for m in ledger.header["plan"]["warmup"]] if state.warmup or state.central else []
     unpaid = ledger.header["plan"]["noise_multiplier"] == 0  # a run without privacy, on public images, buys nothing
     if (ledger.spent("DP-SGD") < state.step and not unpaid) or not all(map(ledger.spent, bought)):
         raise RunError(

@@ -231,7 +231,8 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
     model.ckpt is a release, or with --config a checkpoint of the original DPDM. On several GPUs:
     setup.n_gpus_per_node=N after --, or torchrun.
 
-    What is drawn from a release costs no privacy, however much it is.
+    What is drawn from a release costs no privacy, however much it is. (By sampler.class_weights of your own only if
+    they are public: images drawn by the true sizes of private classes tell these.)
     """
     from dpdm import config as configs
     from dpdm import pretrained as releases

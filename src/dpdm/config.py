@@ -363,6 +363,11 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
             f"Expected data.num_classes={num_classes}, got {archive.num_classes} in {archive.path}: leave it out, or "
             "give 0 for a model without classes."
         )
+    weights = len(config.sampler.class_weights)
+    if weights and weights != num_classes:
+        raise InputError(
+            f"Expected one of sampler.class_weights for each of {num_classes} classes, got {weights}: leave them out."
+        )
     names = tuple(archive.class_names or ()) if num_classes else ()
     check_plain(list(names), str(archive.path), "class_names")
     data = replace(data, **found, num_classes=num_classes, class_names=names)

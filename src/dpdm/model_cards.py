@@ -91,8 +91,8 @@ def _classes_note(config: Config) -> str:
     if len(set(config.sampler.class_weights)) < 2:
         return ""
     return """
-Classes are drawn in proportion to their noisy sizes, which central images told (`sampler.class_weights` in
-`config.json`); `sampler.class_weights=[]` draws them equally often.
+Classes are drawn by their noisy frequencies, which central images told and the guarantee covers
+(`sampler.class_weights` in `config.json`); `sampler.class_weights=[]` draws them equally often.
 """
 
 

@@ -18,6 +18,7 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.evaluation.fid import FidMeter
 from dpdm.files import atomic_path
 from dpdm.generate import draw, draw_some, grid
+from dpdm.release import as_drawn
 from dpdm.workdir import Workdir
 
 
@@ -51,7 +52,7 @@ class Monitor:
             print(text, file=sys.stderr, flush=True)
         if self._draws(state.step) and distributed.is_main():
             self._workdir.snapshots.mkdir(exist_ok=True)
-            images, labels = draw(self._averaged(state), self._config)
+            images, labels = draw(self._averaged(state), as_drawn(self._config, state))
             with atomic_path(self._workdir.snapshots / f"{state.step:06d}.png") as temporary:
                 grid(images, labels).save(temporary, format="PNG")
         if self._meter is not None and self._measures(state.step):
@@ -72,7 +73,7 @@ class Monitor:
     def _measure(self, state: TrainState, meter: FidMeter) -> None:
         """Draws as many images as the config says, by all processes; keeps the FID in ``private/fid.csv``."""
         indices = distributed.share(self._config.evaluation.fid_samples)
-        found = meter.measure(draw_some(self._averaged(state), self._config, indices))
+        found = meter.measure(draw_some(self._averaged(state), as_drawn(self._config, state), indices))
         if not distributed.is_main():
             return
         rows = {(state.step, path): value for path, value in found.items()}

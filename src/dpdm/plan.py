@@ -89,9 +89,8 @@ def check_keys(config: Config) -> None:
         account.check_target(dp.epsilon, dp.noise_multiplier, "dp.epsilon", "dp.noise_multiplier")
         if len(set(config.sampler.class_weights)) > 1:
             raise InputError(
-                "Expected no sampler.class_weights in a private training, or equal ones, got others: they would be "
-                "released as they are. Leave them out (train.warmup.count_weight buys the classes' sizes), or give "
-                "them to dpdm sample."
+                "Expected no sampler.class_weights in a private training, or equal ones, got others: a release tells "
+                "the classes' frequencies only as train.warmup.count_weight buys them; leave these out."
             )
     else:
         check_public(config)

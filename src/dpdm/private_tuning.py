@@ -42,13 +42,14 @@ from dpdm.errors import InputError, RunError
 from dpdm.evaluation.classifiers import ExactClassifier
 from dpdm.files import write_json, write_text
 from dpdm.generate import draw
-from dpdm.plan import Plan, make_plan
+from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism, Repeats, Selection
 from dpdm.privacy.discrete import secure_gaussian
 from dpdm.privacy.ledger import Ledger
 from dpdm.privacy.selection import Best, repeat_and_select
 from dpdm.recipes import gaussian_noise_multiplier
+from dpdm.release import as_drawn
 from dpdm.run import set_up
 from dpdm.statement import SCORE, planned_steps
 from dpdm.synthesize import Request, claim, configure, prepare_data, start_over
@@ -157,7 +158,8 @@ def find_candidates(asked: SelectionRequest, workdir: Workdir, real: ImageArchiv
                 "Expected neither model.init nor dp.enabled=false with --mean-runs, got one of them: every run begins "
                 "with fresh weights and is private; leave it out."
             )
-        configs.build_denoiser(made[-1])  # an impossible network is found before anything is bought
+        check_keys(made[-1])  # what is impossible is found before anything is bought
+        configs.build_denoiser(made[-1])
     check_same_cost(made, overrides, size)
     train, dp = made[0].train, made[0].dp
     rate = accounting.sampling_rate(train.expected_batch_size, size, real.unit)
@@ -285,7 +287,7 @@ def _one_run(
             state.curves.clear()
             denoiser = configs.build_denoiser(config)
             denoiser.network.load_state_dict(merged(state.ema))
-            images, labels = draw(denoiser.eval(), config, num_images=SCORE_IMAGES)
+            images, labels = draw(denoiser.eval(), as_drawn(config, state), num_images=SCORE_IMAGES)
             assert labels is not None  # images without labels were refused
             score = noisy_score(ExactClassifier(images, labels), real, found.selection.base[-1], key)
     finally:

@@ -8,6 +8,7 @@ model, trained without privacy on public images.
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,12 @@ def make_release(workdir: Workdir, ema_rate: float | None = None, *, half: bool 
 
     With ``half`` the weights are rounded to float16, which halves the file.
 
-    Where the sizes of the classes were bought with noise, they become the config's ``sampler.class_weights``, so that
-    images will be drawn in their proportions, unless the run's config asks for equal ones.
+    Where the frequencies of the classes were bought with noise, they become the config's ``sampler.class_weights``, so
+    that images will be drawn by them, unless the run's config asks for equal ones.
 
     Guarantee: every released tensor is a weight of the moving average, a function of the mechanisms in the ledger and
     of the weights that the statement names as their beginning; the statement's epsilon is computed from the ledger.
-    ``sampler.class_weights`` are what the mechanism of central images told of the classes' sizes, or all equal.
+    ``sampler.class_weights`` are what the mechanism of central images told of the classes, or all equal.
     Nothing else is read from ``private/``. What was trained without privacy is released if its images were declared
     public, under a statement that gives no guarantee.
 
@@ -90,8 +91,13 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
     average = merged(state.average(ema_rate) if ema_rate in kept else state.ema)
     rate = ema_rate if ema_rate is not None else config.model.ema_rate
     config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
-    if config.dp.enabled:
-        config = replace(config, sampler=replace(config.sampler, class_weights=_class_weights(config, state)))
+    config = as_drawn(config, state)
+    if config.train.warmup.counts(config.data.num_classes or 0) and not config.sampler.class_weights:
+        print(
+            "dpdm: this run's warm-up was done by a version that did not keep the classes' frequencies: images will be "
+            "drawn of all classes equally often.",
+            file=sys.stderr,
+        )
     weights = to_half(average) if half else {name: tensor.contiguous() for name, tensor in average.items()}
     plan, sources = ledger.header["plan"], read_sources(ledger.header["initial_weights"])
     if config.dp.enabled:
@@ -106,12 +112,19 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
     return workdir.release
 
 
-def _class_weights(config: Config, state: checkpoint.TrainState) -> tuple[float, ...]:
-    """Returns equal weights if the config has such, or the noisy sizes of the classes, to four digits, or nothing."""
+def as_drawn(config: Config, state: checkpoint.TrainState) -> Config:
+    """Returns a run's config with the class weights by which its release draws images.
+
+    They are equal if the config has equal ones, or the noisy frequencies of the classes, to four digits, or none. A run
+    without privacy keeps its own.
+    """
+    if not config.dp.enabled:
+        return config
     asked = config.sampler.class_weights
+    weights = tuple(float(f"{frequency:.4g}") for frequency in state.central.get("frequencies", ()))
     if asked and len(set(asked)) == 1:
-        return asked
-    return tuple(float(f"{size:.4g}") for size in state.central.get("class_sizes", ()))
+        weights = (1.0,) * len(asked)
+    return replace(config, sampler=replace(config.sampler, class_weights=weights))
 
 
 def sampling_config(workdir: Workdir) -> Config:

@@ -172,8 +172,11 @@ def open_run(
 
 
 def share_state(state: TrainState) -> None:
-    """Gives rank 0's weights, average, moments and step to all processes, by name: a checkpoint has another order."""
-    state.step = distributed.broadcast(state.step)
+    """Gives rank 0's weights, average, moments and step to all processes, by name: a checkpoint has another order.
+
+    And what the warm-up told of the classes, by which each process draws its share of images.
+    """
+    state.step, state.central = distributed.broadcast((state.step, state.central))
     for group in (state.parameters, state.ema, state.averages, state.exp_avg, state.exp_avg_sq):
         distributed.broadcast_tensors([group[name] for name in sorted(group)])
 

@@ -145,8 +145,11 @@ def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: C
             facts.append(("noise_multiplier", steps.noise_multiplier, dp.noise_multiplier))
         if steps.num_steps > planned:
             problems.append(f"{steps.num_steps} steps of DP-SGD are stated, config.json asks for {planned}")
-    if len(set(config.sampler.class_weights)) > 1 and not train.warmup.counts(config.data.num_classes or 0):
-        problems.append("sampler.class_weights in config.json tell of the classes' sizes, for which nothing was bought")
+    weights, num_classes = config.sampler.class_weights, config.data.num_classes or 0
+    if len(set(weights)) > 1 and not train.warmup.counts(num_classes):
+        problems.append("sampler.class_weights in config.json tell how frequent classes are, which was not bought")
+    if (weights and len(weights) != num_classes) or any(weight != float(f"{weight:.4g}") for weight in weights):
+        problems.append("sampler.class_weights in config.json are not one number of four digits for each class")
     if dp.epsilon is not None and statement["epsilon"] > dp.epsilon * (1 + FIRST_TOLERANCE):
         problems.append(f"epsilon {statement['epsilon']:.6g} is above the budget in config.json, {dp.epsilon:g}")
     return problems + [f"{name} is {clean(a)}, by config.json it is {clean(b)}" for name, a, b in facts if a != b]

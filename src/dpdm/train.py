@@ -322,6 +322,8 @@ def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
     for bought in plan.warmup:
         name, sigma = bought.name.capitalize(), bought.noise_multiplier
         lines.append(f"  {name}: one Gaussian mechanism, noise multiplier {sigma:g}.")
+    if plan.warmup and run.config.train.warmup.counts(run.denoiser.network.num_classes):
+        lines.append("  Published with that noise: how frequent each class is.")
     if run.config.data.class_names:
         lines.append(f"  Published as they are: the class names {', '.join(map(clean, run.config.data.class_names))}.")
     if run.archive.groups is not None and plan.unit == "image":
@@ -387,8 +389,8 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser, run.config.model.ema_rates)
     state.warmup = {name: tensor.clone() for name, tensor in merged(ema).items()}
-    if config.counts(num_classes):
-        state.central = {"class_sizes": torch.from_numpy(central.class_sizes)}
+    if central.frequencies is not None:
+        state.central = {"frequencies": torch.from_numpy(central.frequencies)}
     return state
 
 

@@ -32,6 +32,7 @@ from dpdm.plain_yaml import parse_yaml
 from dpdm.plan import Plan, make_plan
 from dpdm.privacy import accounting
 from dpdm.recipes import recipe
+from dpdm.release import as_drawn
 from dpdm.synthesize import HOLDOUT_FRACTION
 from dpdm.train import train
 from dpdm.untrusted import read_bytes
@@ -270,7 +271,7 @@ def _utility(
     denoiser = configs.build_denoiser(config)
     denoiser.network.load_state_dict(state.ema)
     with silence():
-        drawn = ImageSet("synthetic", *draw(denoiser.eval(), config, num_images=SCORE_IMAGES))
+        drawn = ImageSet("synthetic", *draw(denoiser.eval(), as_drawn(config, state), num_images=SCORE_IMAGES))
     real = read_set("stand-in", training if utility == "frechet" else held_out)
     if utility == "accuracy":
         assert drawn.labels is not None  # both have labels: looked at before

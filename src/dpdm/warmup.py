@@ -35,12 +35,14 @@ class Central:
         means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it.
         labels: (cells,) int64.
         class_sizes: images of each class, (num_classes,) float64.
+        frequencies: of the classes, by which images are to be drawn, (num_classes,) float64; None if not counted.
         factors: of each class's covariance, (num_classes, rank, C, H, W) float64, or None.
     """
 
     means: np.ndarray
     labels: np.ndarray
     class_sizes: np.ndarray
+    frequencies: np.ndarray | None = None
     factors: np.ndarray | None = None
 
     def class_means(self) -> np.ndarray:
@@ -77,7 +79,7 @@ def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: 
         count_weight=config.count_weight,
     )
     labels = np.repeat(np.arange(max(num_classes, 1)), config.means_per_class)
-    return Central(found.means.reshape(-1, *shape), labels, found.sizes)
+    return Central(found.means.reshape(-1, *shape), labels, found.sizes, found.frequencies)
 
 
 def with_covariances(central: Central, archive: ImageArchive, config: WarmupConfig, *, key: bytes) -> Central:

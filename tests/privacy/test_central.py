@@ -74,8 +74,13 @@ def test_means_are_sums_over_noisy_sizes() -> None:
     labels = np.minimum(labels + np.arange(60) % 2, 2)  # classes as unequal as 1 to 2 to 3
     exact = released(images, labels, sigma=1e-6)
     assert np.allclose(exact.sizes, np.bincount(labels), atol=1e-3)
+    assert exact.frequencies is not None
+    assert np.allclose(exact.frequencies, np.bincount(labels), atol=1e-3)
     noisy = released(images, labels, sigma=1.0)
     again = released(images, labels, sigma=1.0, key=derive_key(KEY, 1))
+    assert noisy.frequencies is not None
+    assert again.frequencies is not None
+    assert not np.allclose(noisy.frequencies, again.frequencies)
     assert not np.allclose(noisy.sizes, again.sizes)  # what is random are the counts, not only what is done with them
     sums = means(images, labels, sigma=1e-12) * (60 / 6)
     found = exact.means * np.repeat(exact.sizes / 2, 2)[:, None]
@@ -123,8 +128,8 @@ def test_counts_have_the_noise_that_is_said_of_them(monkeypatch: pytest.MonkeyPa
     images, labels = data()
     found: list[np.ndarray] = []
 
-    def note(counts: np.ndarray, noise: float, dataset_size: int, *, least: float) -> np.ndarray:
-        assert least == pytest.approx(2 * 5.0 * np.hypot(1, 0.2) * 2.0 / 0.3)  # 2 cells
+    def note(counts: np.ndarray, noise: float, dataset_size: int, *, least: float = 0.0) -> np.ndarray:
+        assert least == pytest.approx(2 * 5.0 * np.hypot(1, 0.2) * 2.0 / 0.3) or least == 0  # 2 cells; frequencies
         assert noise == pytest.approx(5.0 * np.hypot(1, 0.2) / 0.2)  # of a record's count, by the definition
         assert dataset_size == 60
         found.append(counts - np.bincount(labels))
@@ -134,6 +139,15 @@ def test_counts_have_the_noise_that_is_said_of_them(monkeypatch: pytest.MonkeyPa
     blank = [released(images * 0, labels, sigma=5.0, key=derive_key(KEY, i)).means for i in range(300)]
     assert np.std(found) == pytest.approx(5.0 * np.hypot(1, 0.2) / 0.2, rel=0.15)
     assert np.std(blank) == pytest.approx(5.0 * np.hypot(1, 0.2) * 2.0 * 2, rel=0.02)  # 2.0: clipping norm; 2 cells
+
+
+def test_a_rare_class_is_divided_by_no_small_number_and_yet_is_rare() -> None:
+    """The floor that keeps the mean of a small class from being all noise is none of its frequency."""
+    labels = np.repeat([0, 1, 2], [490, 490, 20])
+    found = released(np.full((1000, 12), 0.5), labels, sigma=3.0, count_weight=1.0)
+    assert found.frequencies is not None
+    assert found.sizes[2] == pytest.approx(2 * 3.0 * np.sqrt(2) * 2.0 / 0.3)  # 57, for 2 cells
+    assert found.frequencies == pytest.approx([490, 490, 20], abs=5 * 3.0 * np.sqrt(2))  # deviations of a count
 
 
 def test_sizes_without_noise_are_the_counts() -> None:
@@ -220,6 +234,7 @@ def test_without_labels_there_is_one_class() -> None:
     )  # fmt: skip
     assert np.allclose(result.means[0], images.mean(0))
     assert result.sizes.tolist() == [60.0]  # N is public, and nothing is counted
+    assert result.frequencies is None
 
 
 def test_missing_records_are_noticed() -> None:

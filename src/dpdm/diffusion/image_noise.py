@@ -74,7 +74,7 @@ def image_labels(
     """
     if weights and len(weights) != num_classes:
         raise InputError(
-            f"Expected {num_classes} sampler.class_weights, one for each class of the model, got {len(weights)}: "
+            f"Expected one of sampler.class_weights for each of the model's {num_classes} classes, got {len(weights)}: "
             "[] draws classes equally often."
         )
     if wanted is not None and wanted > num_classes:

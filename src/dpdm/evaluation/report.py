@@ -220,7 +220,7 @@ def _strip(images: np.ndarray, max_bytes: int) -> Strip | None:
 
 
 def _figure(images: np.ndarray, labels: np.ndarray | None) -> str:
-    """Returns a grid of images as a data address; with labels, equally many of each class in order."""
+    """Returns a grid of images as a data address; with labels, as many of each class, in order, if there are."""
     limit, columns = _affordable(images, MAX_IMAGES), 10
     if labels is None:
         chosen = images[:limit]

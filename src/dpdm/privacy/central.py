@@ -113,11 +113,13 @@ class ClassMeans:
 
     Attributes:
         means: one image per (class, cell), (num_classes * cells, D) float64, class-major; not limited to [0, 1].
-        sizes: records of each class, (num_classes,) float64, above 0.
+        sizes: records of each class, (num_classes,) float64, above 0: what sums are divided by, and so none is small.
+        frequencies: the same by the counts alone, however small, (num_classes,) float64; None without counts.
     """
 
     means: np.ndarray
     sizes: np.ndarray
+    frequencies: np.ndarray | None = None
 
 
 def noisy_class_means(
@@ -142,11 +144,11 @@ def noisy_class_means(
     Guarantee: seen as one vector over all cells and counts, adding or removing one record moves the sums by that
     record's vector in one cell, so by at most C_w in L2 norm, and one count by count_weight * C_w: together by at most
     S = C_w sqrt(1 + count_weight^2). Noise of standard deviation noise_multiplier * S in all coordinates makes it one
-    Gaussian mechanism with the given noise multiplier, whatever the number of classes and cells. Sizes are computed
-    from noisy counts and public numbers alone; realised ones enter nowhere else. Without counts (count_weight 0, or one
-    class) sizes are the public N / num_classes. Vectors are rounded towards zero to multiples of 2^-40 and summed as
-    integers, and records are counted, so sums are exact and do not depend on order; the margin of 1e-7 in the norm
-    covers the float64 norm and the conversion of sums and counts.
+    Gaussian mechanism with the given noise multiplier, whatever the number of classes and cells. Sizes and
+    frequencies are computed from noisy counts and public numbers alone; realised ones enter nowhere else. Without
+    counts (count_weight 0, or one class) sizes are the public N / num_classes. Vectors are rounded towards zero to
+    multiples of 2^-40 and summed as integers, and records are counted, so sums are exact and do not depend on order;
+    the margin of 1e-7 in the norm covers the float64 norm and the conversion of sums and counts.
 
     Args:
         images: pieces of (n, D) float64 in [0, 1], in record order, N rows in all.
@@ -188,13 +190,15 @@ def noisy_class_means(
         key=derive_key(key, "noise"),
     )
     noisy_sums, noisy_counts = noisy[:-num_classes].reshape(sums.shape), noisy[-num_classes:]
-    sizes = np.full(num_classes, dataset_size / num_classes)
+    sizes, frequencies = np.full(num_classes, dataset_size / num_classes), None
     if counted:
         unit = counted * clipping_norm
         deviation = noise_multiplier * sensitivity
         least = means_per_class * deviation / LARGEST_PIXEL_NOISE
         sizes = class_sizes(noisy_counts / unit, deviation / unit, dataset_size, least=least)
-    return ClassMeans(noisy_sums / np.repeat(sizes / means_per_class, means_per_class)[:, None], sizes)
+        frequencies = class_sizes(noisy_counts / unit, deviation / unit, dataset_size)
+    means = noisy_sums / np.repeat(sizes / means_per_class, means_per_class)[:, None]
+    return ClassMeans(means, sizes, frequencies)
 
 
 def class_sizes(counts: np.ndarray, noise: float, dataset_size: int, *, least: float = 0.0) -> np.ndarray:
