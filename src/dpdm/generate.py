@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from dpdm import distributed
+from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter
 from dpdm.device import pick_device, use_full_precision
@@ -35,6 +36,21 @@ GRID_COLUMNS = 10
 GRID_PIXELS = 640
 GRID_CHOICE = 10_000  # the grid is chosen from the first images, which are enough for 100 classes
 BYTES_PER_READ = 2**22
+
+
+def as_drawn(config: Config, state: TrainState) -> Config:
+    """Returns a run's config with the class weights by which its release draws images.
+
+    They are equal if the config has equal ones, or the noisy frequencies of the classes, to four digits, or none. A run
+    without privacy keeps its own.
+    """
+    if not config.dp.enabled:
+        return config
+    asked = config.sampler.class_weights
+    weights = tuple(float(f"{frequency:.4g}") for frequency in state.central.get("frequencies", ()))
+    if asked and len(set(asked)) == 1:
+        weights = (1.0,) * len(asked)
+    return replace(config, sampler=replace(config.sampler, class_weights=weights))
 
 
 def draw(denoiser: Denoiser, config: Config, *, num_images: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:

@@ -17,8 +17,7 @@ from dpdm.config import Config
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.evaluation.fid import FidMeter
 from dpdm.files import atomic_path
-from dpdm.generate import draw, draw_some, grid
-from dpdm.release import as_drawn
+from dpdm.generate import as_drawn, draw, draw_some, grid
 from dpdm.workdir import Workdir
 
 

@@ -41,7 +41,7 @@ from dpdm.diffusion.adapters import merged
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.classifiers import ExactClassifier
 from dpdm.files import write_json, write_text
-from dpdm.generate import draw
+from dpdm.generate import as_drawn, draw
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism, Repeats, Selection
@@ -49,7 +49,6 @@ from dpdm.privacy.discrete import secure_gaussian
 from dpdm.privacy.ledger import Ledger
 from dpdm.privacy.selection import Best, repeat_and_select
 from dpdm.recipes import gaussian_noise_multiplier
-from dpdm.release import as_drawn
 from dpdm.run import set_up
 from dpdm.statement import SCORE, planned_steps
 from dpdm.synthesize import Request, claim, configure, prepare_data, start_over

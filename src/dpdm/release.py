@@ -24,6 +24,7 @@ from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
 from dpdm.files import fsync, write_json, write_text
+from dpdm.generate import as_drawn
 from dpdm.initial import read_sources
 from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.own_statement import ROUNDING, claim_statement, make_statement, public_statement
@@ -110,21 +111,6 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
     write_release(workdir, weights, redacted(config), statement, card)
     forget_keys(workdir)
     return workdir.release
-
-
-def as_drawn(config: Config, state: checkpoint.TrainState) -> Config:
-    """Returns a run's config with the class weights by which its release draws images.
-
-    They are equal if the config has equal ones, or the noisy frequencies of the classes, to four digits, or none. A run
-    without privacy keeps its own.
-    """
-    if not config.dp.enabled:
-        return config
-    asked = config.sampler.class_weights
-    weights = tuple(float(f"{frequency:.4g}") for frequency in state.central.get("frequencies", ()))
-    if asked and len(set(asked)) == 1:
-        weights = (1.0,) * len(asked)
-    return replace(config, sampler=replace(config.sampler, class_weights=weights))
 
 
 def sampling_config(workdir: Workdir) -> Config:

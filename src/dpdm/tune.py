@@ -27,12 +27,11 @@ from dpdm.evaluation.classifiers import logistic_regression_accuracy
 from dpdm.evaluation.features import extract, pixel_extractor, train_feature_extractor
 from dpdm.evaluation.frechet import feature_statistics, frechet_distance
 from dpdm.files import write_text
-from dpdm.generate import draw
+from dpdm.generate import as_drawn, draw
 from dpdm.plain_yaml import parse_yaml
 from dpdm.plan import Plan, make_plan
 from dpdm.privacy import accounting
 from dpdm.recipes import recipe
-from dpdm.release import as_drawn
 from dpdm.synthesize import HOLDOUT_FRACTION
 from dpdm.train import train
 from dpdm.untrusted import read_bytes
