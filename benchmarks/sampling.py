@@ -269,7 +269,7 @@ def main(given: list[str], page: Path = PAGE) -> None:
     parser.add_argument("--docs", action="store_true", help="also write the tables of docs/performance.md")
     arguments = parser.parse_args(given)
     arguments.images = arguments.images or (16 if arguments.device == "cpu" else 256)
-    arguments.precision = arguments.precision or PRECISIONS[: 1 + has_bf16(arguments.device)]
+    arguments.precision = arguments.precision or (PRECISIONS if has_bf16(arguments.device) else ("float32",))
     torch.set_num_threads(arguments.threads)
     use_full_precision()
     results = []

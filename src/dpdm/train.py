@@ -322,7 +322,7 @@ def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
     for bought in plan.warmup:
         name, sigma = bought.name.capitalize(), bought.noise_multiplier
         lines.append(f"  {name}: one Gaussian mechanism, noise multiplier {sigma:g}.")
-    if plan.warmup and run.config.train.warmup.counts(run.denoiser.network.num_classes):
+    if run.config.train.warmup.counts(run.denoiser.network.num_classes):
         lines.append("  Published with that noise: how frequent each class is.")
     if run.config.data.class_names:
         lines.append(f"  Published as they are: the class names {', '.join(map(clean, run.config.data.class_names))}.")
