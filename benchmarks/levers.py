@@ -5,9 +5,9 @@
 
 The first takes scikit-learn's 1,497 digits of 8x8 pixels, the second MNIST's training images, reduced to 7x7, and a
 small network and few steps, so that a CPU can do it. Every run has the same epsilon and a secret key of its own, so
-figures differ from run to run: half the distance between the extremes stands beside the mean. All figures are measured
-on real images; to choose a recipe by them is a use of these images that no guarantee covers, and every statement says
-so.
+figures differ from run to run: half the distance between the extremes stands beside the mean. With --keep a call that
+was stopped goes on where it was. All figures are measured on real images; to choose a recipe by them is a use of these
+images that no guarantee covers, and every statement says so.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from typing import Any
 from _charts import ROOT, write_between
 
 from dpdm.data.transforms import Resolution
+from dpdm.errors import InputError
+from dpdm.files import write_json
 from dpdm.synthesize import Request, synthesize
 from dpdm.workdir import Workdir
 
@@ -81,7 +83,18 @@ LEVERS_OF_MNIST: dict[str, tuple[str, ...]] = {
     "covariances, distorted by half": ("train.warmup.augmentation=0.5",),
     "a quarter of the warm-up's steps": ("train.warmup.num_iterations=1000",),
     "the same, at the default rate": ("train.warmup.num_iterations=1000", "train.warmup.learning_rate=1e-3"),
+    "classes taken as equally large": ("train.warmup.count_weight=0",),
+    "half the batch, as many passes": ("train.expected_batch_size=1000",),
+    "half the passes": ("train.num_epochs=1",),
+    "twice the passes": ("train.num_epochs=4",),
     "K = 1": ("loss.noise_multiplicity=1",),
+    "K = 4": ("loss.noise_multiplicity=4",),
+    "noise levels of the paper (p_mean -1.2)": ("loss.p_mean=-1.2",),
+    "noise levels of v": ("loss.type=v",),
+    "half the learning rate": ("optim.learning_rate=1e-3",),
+    "clipping norm 0.5": ("dp.max_grad_norm=0.5",),
+    "twice the width": ("model.network.width=16",),
+    "guidance 0.5": ("sampler.guidance_scale=0.5",),
 }
 FIGURES = ("accuracy", "frechet", "variance")
 
@@ -136,17 +149,44 @@ def run(ablation: Ablation, epsilon: float, overrides: Sequence[str], workdir: P
 
 
 def measure(
-    ablation: Ablation, epsilon: float, names: Sequence[str], runs: int, overrides: Sequence[str]
+    ablation: Ablation,
+    epsilon: float,
+    names: Sequence[str],
+    runs: int,
+    overrides: Sequence[str],
+    keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns the figures of each run by lever; runs of different levers take turns."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(runs):
-        for name in names:
+    """Returns the figures of each run by lever; runs of different levers take turns.
+
+    With ``keep`` each is written there as it comes, and what is there is not run again.
+
+    Raises:
+        InputError: if ``keep`` holds figures of other keys or another epsilon.
+    """
+    asked = {"table": ablation.table, "epsilon": epsilon, "delta": DELTA, "keys": [*ablation.overrides, *overrides]}
+    by_keys = _kept(keep, asked)
+    results = {name: by_keys.setdefault(" ".join(ablation.levers[name]), []) for name in names}
+    for count in range(1, runs + 1):
+        for name, done in results.items():
+            if len(done) >= count:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 keys = [*overrides, *ablation.levers[name]]
-                results[name].append(run(ablation, epsilon, keys, Path(folder) / "run"))
-            print(f"{name}: {results[name][-1]}", file=sys.stderr, flush=True)
-    return {"epsilon": epsilon, "delta": DELTA, "runs": results}
+                done.append(run(ablation, epsilon, keys, Path(folder) / "run"))
+            print(f"{name}: {done[-1]}", file=sys.stderr, flush=True)
+            if keep is not None:
+                write_json(keep, {**asked, "runs": by_keys})
+    return {**asked, "runs": {name: done[:runs] for name, done in results.items()}}
+
+
+def _kept(keep: Path | None, asked: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    if keep is None or not keep.exists():
+        return {}
+    content = json.loads(keep.read_text(encoding="utf-8"))
+    runs = content.pop("runs")
+    if content != asked:
+        raise InputError(f"Expected figures of {dict(asked)} in {keep}, got those of {content}: name another file.")
+    return runs
 
 
 def table(ablation: Ablation, result: Mapping[str, Any]) -> str:
@@ -177,17 +217,22 @@ def main(arguments: Sequence[str], page: Path = PAGE) -> None:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these levers alone; as they are named in the table")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--docs", action="store_true", help="also write the table of docs/levers.md")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="keep figures there as they come, go on from them")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="keys for all runs")
     options = parser.parse_args(arguments)
     ablation = DIGITS if options.mnist is None else of_mnist(options.mnist)
     unknown = sorted(set(options.only or ()) - set(ablation.levers))
     if unknown or options.runs < 1:
         parser.error(f"expected --only of {', '.join(ablation.levers)} and --runs >= 1, got {unknown or options.runs}")
-    result = measure(ablation, options.epsilon, options.only or list(ablation.levers), options.runs, options.set)
+    names = options.only or list(ablation.levers)
+    result = measure(ablation, options.epsilon, names, options.runs, options.set, options.keep)
     if options.docs:
         write_between(page, ablation.table, table(ablation, result))
     print(json.dumps(result) if options.json else table(ablation, result))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(str(error))

@@ -115,8 +115,9 @@ class Subject:
         sampler = asdict(self.config.sampler)
         for name in ("num_images", "batch_size", "output"):  # which change no image
             del sampler[name]
-        if not sampler["class_weights"]:  # as figures from before there was such a key have it
-            del sampler["class_weights"]
+        for name, former in {"class_weights": (), "precision": "float32"}.items():
+            if sampler[name] == former:  # as figures from before there was such a key have it
+                del sampler[name]
         return {
             "model": self.arguments.name,
             "weights_sha256": file_sha256(self.release / "model.safetensors"),

@@ -4,8 +4,9 @@
     python benchmarks/scaling.py --axis draws --json
 
 Each axis changes one thing of a base case; its settings take turns within one process, and a + b x is fitted to their
-medians by least squares. Width enters by its square, to which weights and multiplications are proportional. A step
-is what ``benchmarks/dp_step.py`` calls one: forward, backward, clipping, sum, all examples in one physical batch.
+medians so that the squares of its deviations, relative to the times, add up to the least: times scatter by a share of
+themselves. Width enters by its square, to which weights and multiplications are proportional. A step is what
+``benchmarks/dp_step.py`` calls one: forward, backward, clipping, sum, all examples in one physical batch.
 
 Processes: one logical step with its noise, shared out among one or two processes (gloo) on this machine, by torchrun,
 started in turn. Threads are those of each process.
@@ -90,10 +91,10 @@ def measure(axis: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fit(x: list[int], y: list[float]) -> dict[str, float]:
-    """Returns the least-squares line a + b x: ``intercept``, ``slope``, and its largest deviation relative to y."""
-    given = np.array(x, dtype=np.float64)
-    (intercept, slope), *_ = np.linalg.lstsq(np.stack([np.ones_like(given), given], axis=1), np.array(y), rcond=None)
-    deviation = np.abs(intercept + slope * given - y) / y
+    """Returns the line a + b x of least squares relative to y: ``intercept``, ``slope``, ``largest_deviation``."""
+    ones, given, times = np.ones(len(x)), np.array(x, dtype=np.float64), np.array(y)
+    (intercept, slope), *_ = np.linalg.lstsq(np.stack([ones, given], axis=1) / times[:, None], ones, rcond=None)
+    deviation = np.abs((intercept + slope * given) / times - 1)
     return {"intercept": float(intercept), "slope": float(slope), "largest_deviation": float(deviation.max())}
 
 

@@ -24,7 +24,7 @@ from _charts import write_between
 from dp_step import NETWORKS, Problem
 
 from dpdm.account import steps_of
-from dpdm.errors import RunError
+from dpdm.errors import InputError, RunError
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -124,8 +124,8 @@ def test_least_squares() -> None:
     assert scaling.fit([1, 2, 4], [5.0, 7.0, 11.0]) == pytest.approx(
         {"intercept": 3.0, "slope": 2.0, "largest_deviation": 0.0}, abs=1e-12
     )
-    bent = scaling.fit([0, 1, 2], [1.0, 4.0, 1.0])  # the line y = 2 is as far from 1 as 1 is
-    assert bent == pytest.approx({"intercept": 2.0, "slope": 0.0, "largest_deviation": 1.0}, abs=1e-12)
+    bent = scaling.fit([0, 1, 2], [1.0, 4.0, 1.0])  # y = a of least 2 (a - 1)^2 + (a / 4 - 1)^2
+    assert bent == pytest.approx({"intercept": 12 / 11, "slope": 0.0, "largest_deviation": 8 / 11}, abs=1e-12)
 
 
 def test_each_axis_changes_what_it_says() -> None:
@@ -313,6 +313,14 @@ def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
     asked.clear()
     result = levers.measure(levers.DIGITS, 10.0, ["the recipe", "K = 8"], 2, [])
     assert asked == [(), ("loss.noise_multiplicity=8",)] * 2  # by turns
+    asked.clear()
+    kept = tmp_path / "kept.json"
+    levers.measure(levers.DIGITS, 10.0, ["the recipe"], 1, [], kept)
+    again = levers.measure(levers.DIGITS, 10.0, ["K = 8", "the recipe"], 2, [], kept)
+    assert asked == [(), ("loss.noise_multiplicity=8",), ("loss.noise_multiplicity=8",), ()]  # what is kept stays
+    assert [one["accuracy"] for one in again["runs"]["the recipe"]] == [0.1, 0.4]
+    with pytest.raises(InputError, match=f"Expected figures of .* in {kept}, got those of"):
+        levers.measure(levers.DIGITS, 1.0, ["the recipe"], 1, [], kept)
     page = tmp_path / "levers.md"
     page.write_text("<!-- levers: begin -->\n<!-- levers: end -->\n")
     levers.write_between(page, "levers", levers.table(levers.DIGITS, result))

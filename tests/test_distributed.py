@@ -144,12 +144,15 @@ def test_a_state_is_shared_by_name_whatever_the_order(together) -> None:
         names = ["a", "b", "c"] if rank else ["c", "a", "b"]
         one, two, three, four = ({name: torch.full((2,), ord(name) - 97.0 * rank) for name in names} for _ in range(4))
         state = TrainState(one, two, three, four, step=0 if rank else 7)
+        state.averages = {f"0.5/{name}": torch.full((2,), ord(name) - 97.0 * rank) for name in names}
+        state.central = {} if rank else {"frequencies": torch.tensor([3.0, 1.0])}
         share_state(state)
         return state
 
     for state in together(3, share):
         assert state.step == 7
-        for group in (state.parameters, state.ema, state.exp_avg, state.exp_avg_sq):
+        assert state.central["frequencies"].tolist() == [3.0, 1.0]
+        for group in (state.parameters, state.ema, state.average(0.5), state.exp_avg, state.exp_avg_sq):
             assert {name: float(tensor[0]) for name, tensor in group.items()} == {"a": 97.0, "b": 98.0, "c": 99.0}
 
 

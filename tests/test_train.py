@@ -35,6 +35,7 @@ TINY = [
     "train.checkpoint_every=2",
     "train.warmup.enabled=true",
     "train.warmup.num_iterations=3",
+    "train.warmup.count_weight=0.2",
     "loss.noise_multiplicity=2",
     "model.network.width=4",
     "model.network.channel_multipliers=[1]",
@@ -113,6 +114,7 @@ def test_a_run_that_died_and_went_on_ends_bit_for_bit_the_same(
     assert state.digest() == uninterrupted.digest()
     assert torch.equal(weights(state), weights(uninterrupted))
     assert state.curves == uninterrupted.curves
+    assert torch.equal(state.central["frequencies"], uninterrupted.central["frequencies"])
     assert spent(workdir) == 6  # replayed steps were free
     assert Ledger(workdir.ledger).spent("central images") == 1
 

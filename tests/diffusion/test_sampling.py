@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -230,6 +231,23 @@ def test_an_image_does_not_depend_on_its_batch(small_denoiser: Denoiser, config:
     assert (images[3].int() - alone[0].int()).abs().max() > 10
 
 
+def test_bf16_is_for_the_network_alone_and_moves_images_by_little(small_denoiser: Denoiser) -> None:
+    layer, solver = set[torch.dtype](), set[torch.dtype]()
+    small_denoiser.network.conv_out.register_forward_hook(lambda _, __, output: layer.add(output.dtype))
+    small_denoiser.register_forward_hook(lambda _, given, output: solver.update({given[0].dtype, output.dtype}))
+    config = SamplerConfig(type="dpm_solver_pp", num_steps=8)
+    images, labels = draw(small_denoiser, config, list(range(7)))
+    assert layer == {torch.float32}
+    fast, same = draw(small_denoiser, replace(config, precision="bf16"), list(range(7)))
+    assert layer == {torch.float32, torch.bfloat16}
+    assert solver == {torch.float32}
+    assert labels is not None
+    assert same is not None
+    assert torch.equal(labels, same)
+    moved = (images.int() - fast.int()).abs().float()
+    assert 0 < moved.mean() < 2
+
+
 def test_sample_gives_images_and_labels_of_the_wanted_form(small_denoiser: Denoiser) -> None:
     small_denoiser.train()
     images, labels = draw(small_denoiser, SamplerConfig(num_steps=2, labels=2), [0, 1])
@@ -287,6 +305,7 @@ def test_missing_noise_is_refused() -> None:
     [
         {"type": "heun"},
         {"output": "tar"},
+        {"precision": "bfloat16"},
         {"num_steps": 0},
         {"num_images": 0},
         {"batch_size": 0},

@@ -21,6 +21,7 @@ from dpdm.errors import InputError, RunError
 MAX_STEPS, MAX_IMAGES = 10_000, 10**8
 SamplerType = Literal["ddim", "edm", "dpm_solver_pp"]
 OutputType = Literal["folder", "zip", "npz"]
+PrecisionType = Literal["float32", "bf16"]
 # Lowest noise level and rho: those of Karras et al. 2022; DPM-Solver++, whose variable is ln(sigma), does best with
 # levels even in it, and few evaluations are better spent above 0.02 than below (measured in docs/samplers.md).
 SCHEDULES = {"ddim": (0.002, 7.0), "edm": (0.002, 7.0), "dpm_solver_pp": (0.02, math.inf)}
@@ -42,6 +43,8 @@ class SamplerConfig:
             the noisy sizes of the private classes here, if they were bought (train.warmup.count_weight).
         num_images: to be drawn.
         batch_size: images denoised at a time.
+        precision: of the network; bf16 by torch.autocast, with the solver's own arithmetic in float32 all the same. It
+            moves pixels by some grey levels, and makes them depend by as much on which images are in a batch.
         stochastic: fresh noise in every step (ddim).
         s_churn: noise added back over all steps (edm).
         s_min: lowest noise level with churn (edm).
@@ -61,6 +64,7 @@ class SamplerConfig:
     class_weights: tuple[float, ...] = ()
     num_images: int = 16
     batch_size: int = 500
+    precision: PrecisionType = "float32"
     stochastic: bool = False
     s_churn: float = 0.0
     s_min: float = 0.0
@@ -71,7 +75,8 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_weights", tuple(self.class_weights))
-        for name, choices in {"type": get_args(SamplerType), "output": get_args(OutputType)}.items():
+        chosen = {"type": SamplerType, "precision": PrecisionType, "output": OutputType}
+        for name, choices in ((name, get_args(choice)) for name, choice in chosen.items()):
             if getattr(self, name) not in choices:
                 raise InputError(f"Expected sampler.{name} to be one of {list(choices)}, got {getattr(self, name)!r}.")
         for name, most in (("num_steps", MAX_STEPS), ("num_images", MAX_IMAGES), ("batch_size", MAX_IMAGES)):
@@ -333,8 +338,10 @@ def sample(
     sigmas = config.sigmas()
     was_training = denoiser.training
     denoiser.eval()
+    bf16 = config.precision == "bf16"
     try:
-        x = _solve(denoiser, sigmas, config, None if labels is None else labels.to(device), noise)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            x = _solve(denoiser, sigmas, config, None if labels is None else labels.to(device), noise)
     finally:
         denoiser.train(was_training)
     if not torch.isfinite(x).all():
