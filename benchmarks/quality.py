@@ -17,12 +17,14 @@ seconds:
 - copies: nearest training images of all drawn ones (dpdm.evaluation.copies).
 
 Real test images are read by the classifiers alone, once each, after all choices are made. With --keep or --docs figures
-are kept in a file per model, and what is there is not measured again.
+are kept in a file per model, and what is there is not measured again. With --drawn images are kept as they come, for on
+a CPU 60,000 take an hour and more.
 
 All of it is computed on real images without noise: for models of private images it is as private as they are.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -44,6 +46,8 @@ from dpdm import pretrained
 from dpdm.data.archive import ImageArchive, is_archive
 from dpdm.data.prepare import prepare
 from dpdm.device import pick_device
+from dpdm.diffusion.denoiser import Denoiser
+from dpdm.diffusion.image_noise import image_labels
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.classifiers import logistic_regression_accuracy
 from dpdm.evaluation.copies import find_copies
@@ -54,12 +58,13 @@ from dpdm.evaluation.inception import DEFAULT_CACHE, INCEPTION_FILE, open_extrac
 from dpdm.evaluation.quality import precision_recall
 from dpdm.fetching import file_sha256
 from dpdm.fidelity import COMPARED, NOTE
-from dpdm.files import write_json
-from dpdm.generate import draw
+from dpdm.files import atomic_path, write_json
+from dpdm.generate import draw_some
 from dpdm.release import load_config, load_denoiser
 
 PAGE = ROOT / "docs" / "results.md"
 QUICK_SAMPLES = 3000
+PIECE = 2500  # images to a file of --drawn
 PICTURED = 500  # from so many the picture takes ten of each class
 CLASSIFIERS = (*PROTOCOLS["paper"], *PROTOCOLS["wrn"])
 PARTS = ("quick", "frechet", "inception", "copies", *CLASSIFIERS)  # the slow ones last
@@ -102,12 +107,31 @@ class Subject:
     def first(self, count: int) -> Labelled:
         """Returns the model's first ``count`` images; at once as many are drawn as any part needs."""
         if self.drawn is None or len(self.drawn.images) < count:
-            start = time.monotonic()
-            denoiser = load_denoiser(self.release, self.config)
-            images, labels = draw(denoiser, self.config, num_images=max(count, self.most))
+            start, total = time.monotonic(), max(count, self.most)
+            images = np.concatenate([self._piece(range(i, min(i + PIECE, total))) for i in range(0, total, PIECE)])
+            sampler, classes = self.config.sampler, self.config.data.num_classes or 0
+            labels = image_labels(sampler.labels, sampler.seed, range(total), classes, sampler.class_weights)
             assert labels is not None  # the model has classes
-            self.drawn, self.drawing_seconds = Labelled(images, labels), time.monotonic() - start
+            self.drawn, self.drawing_seconds = Labelled(images, labels.numpy()), time.monotonic() - start
         return Labelled(self.drawn.images[:count], self.drawn.labels[:count])
+
+    def _piece(self, indices: range) -> np.ndarray:
+        """Returns the images of ``indices``, from --drawn if they are there, and puts them there else."""
+        folder: Path | None = self.arguments.drawn
+        if folder is None:
+            return draw_some(self._denoiser, self.config, indices)
+        facts = json.dumps([self.facts(), _device_name(self.device)], sort_keys=True)
+        drawn_by = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        file = folder / f"{self.arguments.name}-{drawn_by}-{indices.start}-{indices.stop}.npy"
+        if not file.exists():
+            with atomic_path(file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, draw_some(self._denoiser, self.config, indices))
+        images: np.ndarray = np.load(file)
+        return images
+
+    @cached_property
+    def _denoiser(self) -> Denoiser:
+        return load_denoiser(self.release, self.config)
 
     def facts(self) -> dict[str, Any]:
         """Returns what the figures are of; what is equal in two runs needs no second measurement."""
@@ -281,6 +305,7 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--inception", type=Path, default=cached, help=f"its TorchScript file; default: {cached}")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep figures in FOLDER/NAME.json as they come")
+    parser.add_argument("--drawn", type=Path, metavar="FOLDER", help="keep drawn images there as they come")
     parser.add_argument("--json", action="store_true", help="print one object, and nothing else")
     parser.add_argument("--docs", action="store_true", help="keep figures in docs/results/ and write docs/results.md")
     parser.add_argument("words", nargs="*", metavar="sampler.key=value")

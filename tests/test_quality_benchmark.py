@@ -107,6 +107,35 @@ def test_quick_is_logistic_regression_alone(
     assert (figures["quick"]["value"], figures["quick"]["samples"]) == (expected.value, COUNT)
 
 
+def test_images_are_kept_as_they_are_drawn(
+    release: Path, real: Real, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that is stopped goes on with what there is of the same model, sampler and kind of device."""
+    monkeypatch.setattr(quality, "PIECE", COUNT // 3)
+    calls: list[range] = []
+    real_draw = quality.draw_some
+
+    def draw_some(denoiser: Any, config: Any, indices: range) -> np.ndarray:
+        calls.append(indices)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real_draw(denoiser, config, indices)
+
+    monkeypatch.setattr(quality, "draw_some", draw_some)
+    words = arguments(release, "--parts", "logreg", "--num-images", str(COUNT), "--epochs", "1", "--json")
+    words += ["--drawn", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(words)
+    quality.main(words)
+    assert calls[3:] == [calls[2], *([range(3 * (COUNT // 3), COUNT)] if COUNT % 3 else [])]  # no piece twice
+    trained = train_classifier("logreg", *drawn(release, COUNT), num_classes=10, epochs=1)
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures["logreg"]["value"] == accuracy_on_test(trained, *real["holdout"]).value
+    before = len(calls)
+    quality.main([*words, "sampler.seed=1"])
+    assert calls[before] == calls[0]  # other images
+
+
 def test_as_many_images_as_real_ones_unless_told(release: Path) -> None:
     given = quality.parse(arguments(release))
     subject = quality.Subject(release, given, Path("nowhere"))
