@@ -317,8 +317,12 @@ def test_images_of_an_earlier_attempt_are_not_trained_on(run: Path, tmp_path: Pa
     assert "one of 25 images" in capfd.readouterr().err
 
 
-def test_sample_and_release_refuse_to_replace(run: Path, refused: Callable[..., str]) -> None:
+def test_sample_and_release_refuse_to_replace(run: Path, refused: Callable[..., str], capfd: Capture) -> None:
     assert "dpdm train" in refused("release", "--workdir", run.parent / "nothing")
+    assert "--preview" in refused("release", "--workdir", run, "--preview", "--half")
+    assert "--preview" in refused("release", "--from", run, "--preview")
+    assert run_command(["release", "--workdir", str(run), "--preview"]) == 0
+    assert f"--workdir {run} --ema 0.999" in capfd.readouterr().err
     assert run_command(["release", "--workdir", str(run)]) == 0
     assert "released once" in refused("release", "--workdir", run)
     assert "is over" in refused("train", "--resume", "--workdir", run)

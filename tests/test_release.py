@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from dpdm import checkpoint, train, warmup
 from dpdm import config as configs
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError, RunError
-from dpdm.generate import draw
+from dpdm.generate import draw, grid
 from dpdm.privacy.accounting import epsilon_spent, parts
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.ledger import Ledger
-from dpdm.release import load_config, load_denoiser, make_release, sampling_config
+from dpdm.release import load_config, load_denoiser, make_release, preview, sampling_config
 from dpdm.verify import verify
 from dpdm.workdir import Workdir
 
@@ -125,6 +126,21 @@ def test_another_average_may_be_released(workdir: Workdir, rate: float) -> None:
         assert torch.equal(tensor, found[name].detach())
         assert rate > 0 or torch.equal(tensor, state.parameters[name])
     assert any(not torch.equal(tensor, state.ema[name]) for name, tensor in wanted.items())
+
+
+def test_averages_are_shown_before_one_is_chosen(workdir: Workdir) -> None:
+    """What is shown is what the release of that average draws; nothing is released by it."""
+    pictures = preview(workdir)
+    assert pictures == [workdir.averages / f"{rate}.png" for rate in (0.999, 0.05, 0.0)]
+    assert not workdir.release.exists()
+    assert workdir.key.exists()
+    shown = {picture.stem: np.asarray(Image.open(picture)) for picture in pictures}
+    assert not np.array_equal(shown["0.999"], shown["0.05"])
+    release = make_release(workdir, 0.05)
+    config = configs.load([release / "config.json"], [f"sampler.seed={SECRET_SEED}"])
+    assert np.array_equal(shown["0.05"], np.asarray(grid(*draw(load_denoiser(release), config, num_images=200))))
+    with pytest.raises(InputError, match="a run is released once"):
+        preview(workdir)
 
 
 def test_images_are_drawn_by_the_noisy_frequencies_of_their_classes(

@@ -164,19 +164,22 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
     help="Convert this checkpoint of the original, or round this release.",
 )
 @click.option("--ema", type=float, metavar="RATE", help="Release this one of the averages in model.ema_rates.")
+@click.option("--preview", is_flag=True, help="Only draw images from each of the averages, to choose one by.")
 @click.option("--half", is_flag=True, help="Round the weights to float16: half the size, no less privacy.")
 @config_options
 def release(
     workdir: Path | None,
     source: Path | None,
     ema: float | None,
+    preview: bool,
     half: bool,
     config: tuple[str, ...],
     words: tuple[str, ...],
 ) -> None:
     """Write release/: weights, config, privacy statement and model card.
 
-    It ends the run: the keys of its randomness are deleted, so it can be neither resumed nor released again.
+    It ends the run: the keys of its randomness are deleted, so it can be neither resumed nor released again. Before,
+    --preview shows what each of the averages that the run kept (model.ema_rates) draws, for --ema.
 
     With --from and --config it converts a checkpoint of the original DPDM; its statement then gives no guarantee,
     because such a file records nothing from which one could be computed. With --from RELEASE --half --workdir DIR it
@@ -184,6 +187,7 @@ def release(
     """
     from dpdm import config as configs
     from dpdm.release import convert, make_release
+    from dpdm.release import preview as draw_previews
 
     files, overrides = split_words(config, words)
     if source is None:
@@ -191,13 +195,20 @@ def release(
             raise InputError("Expected --workdir, got none: give a run's folder, or --from a checkpoint to convert.")
         if files or overrides:
             raise InputError("Expected no --config and no keys without --from: a run is released by its own config.")
+        if preview:
+            if ema is not None or half:
+                raise InputError("Expected --preview with neither --ema nor --half, got one: it releases nothing.")
+            for picture in draw_previews(Workdir(workdir)):
+                print(f"{picture}: dpdm release --workdir {workdir} --ema {picture.stem}", file=sys.stderr)
+            return
         folder = make_release(Workdir(workdir), ema, half=half)
         public = not configs.load([Workdir(workdir).config], quiet=True).dp.enabled
         what = "holds a public model, without any guarantee" if public else "may be shared"
         print(f"{folder} {what}. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
         return
-    if ema is not None:
-        raise InputError(f"Expected no --ema with --from, got {ema}: only a run keeps several averages.")
+    if ema is not None or preview:
+        given = "--preview" if preview else f"--ema {ema}"
+        raise InputError(f"Expected neither --ema nor --preview with --from, got {given}: a run alone keeps averages.")
     if (source / "privacy.json").is_file():
         from dpdm.half import halve
 

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from dpdm import checkpoint, pretrained, reference_checkpoint
 from dpdm import config as configs
+from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
-from dpdm.files import fsync, write_json, write_text
-from dpdm.generate import as_drawn
+from dpdm.files import atomic_path, fsync, write_json, write_text
+from dpdm.generate import as_drawn, draw, grid
 from dpdm.initial import read_sources
 from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.own_statement import ROUNDING, claim_statement, make_statement, public_statement
@@ -36,6 +37,7 @@ from dpdm.workdir import Workdir
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
 SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
 REDACTED = ("data.path", "model.ckpt", "model.init", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
+PREVIEWED = 200  # images, from which a picture takes a hundred
 CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
 
 
@@ -66,7 +68,31 @@ def make_release(workdir: Workdir, ema_rate: float | None = None, *, half: bool 
         return _make_release(workdir, ema_rate, half=half)
 
 
-def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Path:
+def preview(workdir: Workdir) -> list[Path]:
+    """Draws images of one seed from each average that a run kept; returns the pictures, in ``private/averages/``.
+
+    To choose ``make_release``'s ``ema_rate`` by. They are for the owner: drawn from the same mechanisms as a release,
+    but there is no statement beside them yet.
+
+    Raises:
+        InputError, RunError: as ``make_release``, and nothing is released.
+    """
+    with workdir.lock():
+        config, state, _ = _finished(workdir)
+        config = as_drawn(config, state)
+        pictures = []
+        for rate in (config.model.ema_rate, *config.model.ema_rates):
+            denoiser = configs.build_denoiser(config)
+            denoiser.network.load_state_dict(_average(config, state, rate))
+            images, labels = draw(denoiser, config, num_images=PREVIEWED)
+            pictures.append(workdir.averages / f"{rate}.png")
+            with atomic_path(pictures[-1]) as temporary:
+                grid(images, labels).save(temporary, format="PNG")
+        return pictures
+
+
+def _finished(workdir: Workdir) -> tuple[Config, TrainState, Ledger]:
+    """Returns a run's config, its last state and its ledger, which belong together; the caller holds the lock."""
     if workdir.release.exists():
         forget_keys(workdir)  # a release that was killed right after its renaming may have left them
         raise InputError(f"Expected no release in {workdir.root}, got one: a run is released once.")
@@ -85,12 +111,22 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
             "the change."
         )
+    return config, state, ledger
+
+
+def _average(config: Config, state: TrainState, rate: float) -> dict[str, Tensor]:
+    """Returns the weights of one of a run's averages, adapters merged."""
+    return merged(state.average(rate) if rate in config.model.ema_rates else state.ema)
+
+
+def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Path:
+    config, state, ledger = _finished(workdir)
     kept = config.model.ema_rates
     if ema_rate not in (None, config.model.ema_rate, *kept):
         rates = [config.model.ema_rate, *kept]
         raise InputError(f"Expected --ema to be one of {rates}, which the run kept, got {ema_rate}: name another.")
-    average = merged(state.average(ema_rate) if ema_rate in kept else state.ema)
     rate = ema_rate if ema_rate is not None else config.model.ema_rate
+    average = _average(config, state, rate)
     config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
     config = as_drawn(config, state)
     if config.train.warmup.counts(config.data.num_classes or 0) and not config.sampler.class_weights:

@@ -58,6 +58,10 @@ class Workdir:
         return self.private / "snapshots"
 
     @property
+    def averages(self) -> Path:
+        return self.private / "averages"
+
+    @property
     def fid(self) -> Path:
         return self.private / "fid.csv"
 
