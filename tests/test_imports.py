@@ -63,7 +63,7 @@ WITHIN_LAST = {
     "fetching": {"errors", "files", "progress"},
     "distributed": {"errors"},
     "reference": {"errors"},
-    "plain_yaml": {"errors"},
+    "plain_yaml": {"errors", "untrusted"},
     "optimizer": {"errors"},
     "pretrained": {"errors"},
     "__init__": {"release"},

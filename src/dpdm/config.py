@@ -35,13 +35,11 @@ from dpdm.errors import InputError
 from dpdm.evaluation.fid import EvaluationConfig
 from dpdm.files import write_text
 from dpdm.optimizer import OptimConfig
-from dpdm.plain_yaml import check_plain, parse_yaml
+from dpdm.plain_yaml import as_plain, check_plain, leaves, read_overrides, read_yaml
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.dpsgd import DPConfig
 from dpdm.progress import speaks
-from dpdm.untrusted import read_bytes
 
-MAX_CONFIG_BYTES = 2**19
 BYTES_PER_WEIGHT = 4
 MAX_AVERAGES = 8
 AUTO = "auto"
@@ -257,7 +255,8 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     """
     config = _defaults()
     passed_over: list[str] = []
-    asked = [*((str(file), _read_yaml(Path(file))) for file in files), ("the command line", read_overrides(overrides))]
+    asked = [(str(file), _read_sections(Path(file))) for file in files]
+    asked.append(("the command line", read_overrides(overrides)))
     for source, change in asked:
         check_plain(change, source)
         content, meaningless = reference.translate(change, source, beta_min=OmegaConf.select(config, "loss.beta_min"))
@@ -279,33 +278,8 @@ def _defaults() -> Any:
     return config
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns the sections that ``key=value`` pairs ask for; of two for the same key the later one wins."""
-    merged: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise InputError(f"Expected an override of the form section.key=value, got {override!r}.")
-        try:
-            content = parse_yaml(value)
-        except ValueError as error:
-            raise InputError(f"Expected a YAML value for {key}, got {value!r} ({error}).") from None
-        for section in reversed(key.split(".")):
-            content = {section: content}
-        _put_over(merged, content)
-    return merged
-
-
-def _put_over(content: dict[str, Any], change: Mapping[str, Any]) -> None:
-    for key, value in change.items():
-        if isinstance(value, dict) and isinstance(content.get(key), dict):
-            _put_over(content[key], value)
-        else:
-            content[key] = value
-
-
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(as_plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def save(config: Config, path: Path) -> None:
@@ -314,13 +288,13 @@ def save(config: Config, path: Path) -> None:
 
 def fingerprint(*parts: Any) -> str:
     """Returns a SHA-256 hex digest of config parts (dataclasses or plain values)."""
-    plain = [_plain(asdict(part)) if is_dataclass(part) and not isinstance(part, type) else part for part in parts]
+    plain = [as_plain(asdict(part)) if is_dataclass(part) and not isinstance(part, type) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def check_whole(path: Path) -> None:
     """Raises InputError unless a config that dpdm wrote has all its sections: one that was cut off means defaults."""
-    written = _read_yaml(path)
+    written = _read_sections(path)
     for section in SECTIONS:
         if section not in written:
             raise InputError(
@@ -401,7 +375,7 @@ def build_denoiser(config: Config) -> Denoiser:
 
 
 def _merge(config: Any, content: Mapping[str, Any], where: str) -> Any:
-    for key, value in _leaves(content):
+    for key, value in leaves(content):
         if any(known.startswith(f"{key}.") for known in KNOWN_KEYS):
             example = next(known for known in KNOWN_KEYS if known.startswith(f"{key}."))
             raise InputError(
@@ -415,31 +389,19 @@ def _merge(config: Any, content: Mapping[str, Any], where: str) -> Any:
         return OmegaConf.merge(config, content)
     except (OmegaConfBaseException, TypeError) as error:  # a section in place of a list is a TypeError
         key = getattr(error, "full_key", None) or "a key"
-        value = dict(_leaves(content)).get(key)
+        value = dict(leaves(content)).get(key)
         raise InputError(f"Expected a fitting value of {key} in {where}, got {value!r}: {_first_line(error)}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_sections(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"Expected a config file at {path}, found none: check --config.")
-    try:
-        content = parse_yaml(read_bytes(path.resolve(), MAX_CONFIG_BYTES).decode("utf-8-sig"))
-    except ValueError as error:
-        raise InputError(f"Expected a YAML file at {path}, could not read it: {_first_line(error)}") from None
+    content = read_yaml(path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise InputError(f"Expected sections and keys in {path}, got a {type(content).__name__}: see configs/.")
     return content
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name, value
 
 
 def _make_writable(node: Any) -> None:
@@ -463,14 +425,6 @@ def _dataclass_keys(kind: Any, prefix: str = "") -> Iterator[str]:
             yield from _dataclass_keys(nested, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,17 @@
-"""YAML that may be a stranger's: plain values, of bounded depth and size, without references to anything else."""
+"""YAML that may be a stranger's: plain values, of bounded depth and size, without references; overrides."""
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dpdm.errors import InputError
+from dpdm.untrusted import read_bytes
 
 MAX_DEPTH = 8
+MAX_BYTES = 2**19
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,6 +41,18 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
     except Exception as error:  # "!!int ''" is an IndexError, "!!timestamp x" an AttributeError, and so on
         raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Returns the value of a YAML file.
+
+    Raises:
+        InputError: if it cannot be read, or is larger than ``MAX_BYTES``.
+    """
+    try:
+        return parse_yaml(read_bytes(path.resolve(), MAX_BYTES).decode("utf-8-sig"))
+    except ValueError as error:
+        raise InputError(f"Expected a YAML file at {path}, could not read it: {error}.") from None
 
 
 def check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
@@ -76,3 +93,47 @@ def _is_utf_8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns the sections that ``key=value`` pairs ask for; of two for the same key the later one wins."""
+    merged: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise InputError(f"Expected an override of the form section.key=value, got {override!r}.")
+        try:
+            content = parse_yaml(value)
+        except ValueError as error:
+            raise InputError(f"Expected a YAML value for {key}, got {value!r} ({error}).") from None
+        for section in reversed(key.split(".")):
+            content = {section: content}
+        _put_over(merged, content)
+    return merged
+
+
+def _put_over(content: dict[str, Any], change: Mapping[str, Any]) -> None:
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            _put_over(content[key], value)
+        else:
+            content[key] = value
+
+
+def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields what is in nested sections as ("section.key", value)."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def as_plain(value: Any) -> Any:
+    """Returns a value with lists in place of tuples."""
+    if isinstance(value, dict):
+        return {key: as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return value

@@ -28,13 +28,12 @@ from dpdm.evaluation.features import extract, pixel_extractor, train_feature_ext
 from dpdm.evaluation.frechet import feature_statistics, frechet_distance
 from dpdm.files import write_text
 from dpdm.generate import as_drawn, draw
-from dpdm.plain_yaml import parse_yaml
+from dpdm.plain_yaml import read_overrides, read_yaml
 from dpdm.plan import Plan, make_plan
 from dpdm.privacy import accounting
 from dpdm.recipes import recipe
 from dpdm.synthesize import HOLDOUT_FRACTION
 from dpdm.train import train
-from dpdm.untrusted import read_bytes
 from dpdm.workdir import Workdir
 
 MAX_CANDIDATES = 100
@@ -119,7 +118,7 @@ def recommend(facts: Facts) -> str:
 
 def to_yaml(overrides: Sequence[str], comments: Sequence[str]) -> str:
     """Returns ``key=value`` pairs as YAML that ``dpdm train --config`` takes, under lines of comments."""
-    sections = configs.read_overrides(overrides)
+    sections = read_overrides(overrides)
     lines = [*comments, "Train: dpdm train --config THIS_FILE --workdir DIR -- data.path=IMAGES"]
     return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
@@ -313,10 +312,7 @@ def read_candidates(path: Path) -> tuple[tuple[str, ...], ...]:
     Raises:
         InputError: if it is something else, holds fewer than two, one of them twice, or a key that is not known.
     """
-    try:
-        content = parse_yaml(read_bytes(path.resolve(), configs.MAX_CONFIG_BYTES).decode("utf-8-sig"))
-    except ValueError as error:
-        raise InputError(f"Expected a YAML file at {path}, could not read it: {error}.") from None
+    content = read_yaml(path)
     if not isinstance(content, list) or not all(
         isinstance(values, list) and all(isinstance(value, str) for value in values) for values in content
     ):
