@@ -17,6 +17,7 @@ from torch import Tensor
 from dpdm import config as configs
 from dpdm import run, run_audit, train, warmup
 from dpdm.account import compose
+from dpdm.announcement import announcement
 from dpdm.cli import run_command
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter, ImageArchive
@@ -198,10 +199,10 @@ def test_batches_and_ledger_count_persons(archive: Path, tmp_path: Path, monkeyp
 
 def test_what_is_said_before_counts_persons(archive: Path, tmp_path: Path) -> None:
     opened, _, _ = run.open_run(config_for(archive), Workdir(tmp_path / "w"), resume=False)
-    assert f"one of {len(SIZES)} groups" in train.announcement(opened)
-    assert "data.unit" not in train.announcement(opened)
+    assert f"one of {len(SIZES)} groups" in announcement(opened)
+    assert "data.unit" not in announcement(opened)
     images, _, _ = run.open_run(config_for(archive, "data.unit=image"), Workdir(tmp_path / "v"), resume=False)
-    assert "Warning: data.unit=image, though the images have groups" in train.announcement(images)
+    assert "Warning: data.unit=image, though the images have groups" in announcement(images)
     with pytest.raises(InputError, match=f"for {len(SIZES)} groups"):
         run.open_run(config_for(archive, "dp.delta=0.1"), Workdir(tmp_path / "x"), resume=False)
     with pytest.raises(InputError, match="the number of groups"):

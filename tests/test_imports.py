@@ -23,7 +23,7 @@ LAYERS = (
     ("evaluate", "verify", "audit"),
     ("statement",),
     ("train", "release"),
-    ("monitor", "released_files", "own_statement", "model_cards"),
+    ("announcement", "monitor", "released_files", "own_statement", "model_cards"),
     ("generate", "run", "fidelity"),
     ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial"),
     ("account", "config", "launch", "options", "recipes"),

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpdm import config as configs
 from dpdm import distributed
+from dpdm.announcement import announcement
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config, ModelConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
@@ -30,17 +31,16 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
 from dpdm.errors import RunError
-from dpdm.initial import Source, read_sources
+from dpdm.initial import read_sources
 from dpdm.monitor import Monitor
 from dpdm.optimizer import adam_step
-from dpdm.privacy import accounting, noise
+from dpdm.privacy import noise
 from dpdm.privacy.dpsgd import PerExampleLoss, PrivateGradient, private_gradient
 from dpdm.privacy.draws import record_draws
 from dpdm.privacy.poisson import physical_batches, poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
 from dpdm.transfer import to_device, to_host
-from dpdm.untrusted import clean
 from dpdm.warmup import central_images, train_on_central_images, with_covariances
 from dpdm.workdir import Workdir
 
@@ -306,59 +306,6 @@ def _take(
     pixels = archive.read(chosen.flatten())
     labels = None if archive.labels is None else to_device(archive.labels[chosen], device)
     return to_device(pixels, device).view(*chosen.shape, *pixels.shape[1:]), labels
-
-
-def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
-    """Returns what will be spent, before anything is, and where the first weights are from."""
-    plan = run.plan
-    if not plan.is_private:
-        return "\n".join([_public_announcement(run), *_beginnings(run, sources)])
-    lines = [
-        f"Privacy: at most epsilon={plan.epsilon:.4g} at delta={plan.delta:g}, adding or removing one of "
-        f"{plan.dataset_size} {plan.unit}s.",
-        f"  DP-SGD: {plan.num_iterations} steps, sampling rate {plan.sampling_rate:.4g}, noise multiplier "
-        f"{plan.noise_multiplier:g}, clipping norm {run.config.dp.clipping_norm:g}.",
-    ]
-    for bought in plan.warmup:
-        name, sigma = bought.name.capitalize(), bought.noise_multiplier
-        lines.append(f"  {name}: one Gaussian mechanism, noise multiplier {sigma:g}.")
-    if run.config.train.warmup.counts(run.denoiser.network.num_classes):
-        lines.append("  Published with that noise: how frequent each class is.")
-    if run.config.data.class_names:
-        lines.append(f"  Published as they are: the class names {', '.join(map(clean, run.config.data.class_names))}.")
-    if run.archive.groups is not None and plan.unit == "image":
-        lines.append(
-            "  Warning: data.unit=image, though the images have groups: k images of one person are protected only as k "
-            "images together (group_privacy in the statement); data.unit=group protects persons."
-        )
-    lines += _beginnings(run, sources)
-    warning = accounting.check_delta_for(plan.delta, plan.dataset_size, plan.unit)
-    if warning:
-        lines.append(f"  Warning: {warning}")
-    if run.config.dp.seed is not None:
-        lines.append("  NO GUARANTEE: dp.seed is set, so anybody can compute the noise. For tests alone.")
-    return "\n".join(lines)
-
-
-def _public_announcement(run: Run) -> str:
-    plan = run.plan
-    return (
-        f"NO PRIVACY: {plan.num_iterations} ordinary steps on {plan.dataset_size} images that are declared public "
-        f"(data.public): {clean(run.config.data.name)}. The release gives no guarantee for them."
-    )
-
-
-def _beginnings(run: Run, sources: Sequence[Source]) -> list[str]:
-    """Returns lines on the first weights, and on how many of all are trained."""
-    lines = []
-    if sources:
-        fresh = f", all but {', '.join(sources[0].fresh)}" if sources[0].fresh else ""
-        lines.append(f"  Weights begin with those of a {sources[0].kind}{fresh} (sha256 {sources[0].sha256[:12]}...).")
-    trained = sum(p.numel() for p in trained_parameters(run.denoiser.network).values())
-    total = sum(p.numel() for p in run.denoiser.network.parameters())
-    if trained < total:
-        lines.append(f"  Trained are {trained} of {total} numbers; the others stay as they are.")
-    return lines
 
 
 def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState:
