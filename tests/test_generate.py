@@ -59,6 +59,18 @@ def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser, keys: tuple[s
     assert len(np.unique(images.reshape(7, -1), axis=0)) == 7
 
 
+def test_threads_are_those_of_the_config(denoiser: Denoiser) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        draw(denoiser, config(), num_images=1)
+        assert torch.get_num_threads() == min(2, os.cpu_count() or 1)
+        draw(denoiser, config("setup.num_threads=1"), num_images=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_another_seed_gives_other_images_and_one_class_is_kept(denoiser: Denoiser) -> None:
     first, _ = draw(denoiser, config(), num_images=4)
     second, _ = draw(denoiser, config("sampler.seed=1"), num_images=4)

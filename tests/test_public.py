@@ -217,6 +217,17 @@ def test_the_statement_of_a_public_model_promises_nothing(public: Path) -> None:
     assert "A private model whose statement calls its images public looks just the same" in text
 
 
+def test_a_public_release_is_rounded_as_what_it_is(public: Path, tmp_path: Path, capfd: Capture) -> None:
+    words = ["--from", str(public / "release"), "--half", "--workdir", str(tmp_path / "half")]
+    assert run_command(["release", *words]) == 0
+    assert "a public model, without any guarantee" in capfd.readouterr().err
+    found = verify(tmp_path / "half" / "release")
+    assert (found.problems, found.is_public) == ([], True)
+    card = (tmp_path / "half" / "release" / "README.md").read_text(encoding="utf-8")
+    assert "There is no privacy guarantee" in card
+    assert "float16" in card
+
+
 def test_verify_lets_no_public_model_pass_for_a_private_one(public: Path, private: Path, capfd: Capture) -> None:
     assert run_command(["verify", str(public / "release")]) == 1
     out, err = capfd.readouterr()

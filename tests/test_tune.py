@@ -96,6 +96,7 @@ FEW_STEPS = (
     "setup.num_threads=1",
 )
 CANDIDATES = ((), ("optim.learning_rate=0.02",), ("train.warmup.noise_multiplier=30",))
+ADAPTERS = ("model.trainable=[norm,bias]", "model.lora_rank=1")
 
 
 @pytest.fixture
@@ -152,7 +153,9 @@ def test_a_small_stand_in_without_labels_by_the_frechet_distance(
         PublicChoice(public=False, **asked)
     with pytest.raises(InputError, match="labels"):
         choose_on_public(PublicChoice(public=True, **asked))
-    text = choose_on_public(PublicChoice(public=True, utility="frechet", candidates=CANDIDATES[:2], **asked))
+    text = choose_on_public(
+        PublicChoice(public=True, utility="frechet", candidates=(*CANDIDATES[:2], ADAPTERS), **asked)
+    )
     assert "public images lakes" in yaml.safe_load(text)["dp"]["selection"]
     assert str(tmp_path) not in text
     assert "noise weighs more here" in capfd.readouterr().err

@@ -202,9 +202,7 @@ def release(
                 print(f"{picture}: dpdm release --workdir {workdir} --ema {picture.stem}", file=sys.stderr)
             return
         folder = make_release(Workdir(workdir), ema, half=half)
-        public = not configs.load([Workdir(workdir).config], quiet=True).dp.enabled
-        what = "holds a public model, without any guarantee" if public else "may be shared"
-        print(f"{folder} {what}. Next: dpdm sample --workdir {workdir}", file=sys.stderr)
+        print(f"{_what_it_is(folder)} Next: dpdm sample --workdir {workdir}", file=sys.stderr)
         return
     if ema is not None or preview:
         given = "--preview" if preview else f"--ema {ema}"
@@ -217,7 +215,7 @@ def release(
                 f"Expected --half, --workdir and nothing else with --from {source}, got others: a release is rounded "
                 "to float16 and written to another folder."
             )
-        print(f"{halve(source, Workdir(workdir))} may be shared.", file=sys.stderr)
+        print(_what_it_is(halve(source, Workdir(workdir))), file=sys.stderr)
         return
     if not files:
         raise InputError(f"Expected --config, got none: {source} does not say what network it is of.")
@@ -226,6 +224,14 @@ def release(
         f"{folder} holds the weights of {source}; no guarantee of theirs can be verified, and the statement says so.",
         file=sys.stderr,
     )
+
+
+def _what_it_is(release: Path) -> str:
+    """Returns a sentence on what a release that was just written may be used for."""
+    from dpdm.release import load_config
+
+    what = "may be shared" if load_config(release).dp.enabled else "holds a public model, without any guarantee"
+    return f"{release} {what}."
 
 
 @click.command(

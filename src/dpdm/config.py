@@ -202,7 +202,7 @@ class TrainConfig:
 class SetupConfig:
     """Attributes:
     device: auto takes a GPU if there is one.
-    num_threads: of the CPU, for each process; None: all cores.
+    num_threads: of the CPU, for each process, in training, drawing and audits; None: torch's choice.
     n_gpus_per_node: processes on this machine, which share each step out; see also torchrun.
     precision: of the network in training: float32, or bf16 by torch.autocast; auto is bf16 on a GPU that has it.
         Clipping, sums, noise and weights are not affected.

@@ -68,6 +68,14 @@ def environment(device: torch.device) -> dict[str, str]:
     return {**{name: version(name) for name in LIBRARIES}, "python": platform.python_version(), "device": hardware}
 
 
+def use_threads(wanted: int | None) -> None:
+    """Lets torch compute by ``wanted`` threads, at most one a core; None: as many as it has chosen.
+
+    More than cores wait for each other, and a config may come from a larger machine.
+    """
+    torch.set_num_threads(min(wanted or torch.get_num_threads(), os.cpu_count() or 1))
+
+
 def use_full_precision() -> None:
     """Turns TF32 off: it rounds to 10 bits, far more coarsely than the bound on the sensitivity allows for."""
     torch.backends.cuda.matmul.allow_tf32 = False

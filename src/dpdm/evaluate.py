@@ -29,7 +29,7 @@ from dpdm.evaluation.report import (
     write_shareable_report,
 )
 from dpdm.files import write_json
-from dpdm.generate import draw
+from dpdm.generate import denoiser_with, draw
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism, spend_from
 from dpdm.release import sampling_config
@@ -316,9 +316,7 @@ def warmup_images(workdir: Workdir, count: int) -> ImageSet | None:
     if not state.warmup:
         return None
     config = sampling_config(workdir)
-    denoiser = configs.build_denoiser(config)
-    denoiser.network.load_state_dict(state.warmup)
-    return ImageSet("warm-up", *draw(denoiser.to(pick_device(config.setup.device)), config, num_images=count))
+    return ImageSet("warm-up", *draw(denoiser_with(config, state.warmup), config, num_images=count))
 
 
 def read_set(name: str, archive: ImageArchive) -> ImageSet:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import chain, islice
@@ -17,12 +17,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from dpdm import config as configs
 from dpdm import distributed
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter
-from dpdm.device import pick_device, use_full_precision
+from dpdm.device import pick_device, use_full_precision, use_threads
+from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.image_noise import image_labels
 from dpdm.diffusion.sampling import sample
@@ -51,6 +54,13 @@ def as_drawn(config: Config, state: TrainState) -> Config:
     if asked and len(set(asked)) == 1:
         weights = (1.0,) * len(asked)
     return replace(config, sampler=replace(config.sampler, class_weights=weights))
+
+
+def denoiser_with(config: Config, weights: Mapping[str, Tensor]) -> Denoiser:
+    """Returns a config's denoiser with ``weights`` of its run, in which adapters are merged if there are any."""
+    denoiser = configs.build_denoiser(config)
+    denoiser.network.load_state_dict(merged(weights))
+    return denoiser.eval()
 
 
 def draw(denoiser: Denoiser, config: Config, *, num_images: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -187,6 +197,7 @@ def _labels(denoiser: Denoiser, config: Config, count: int) -> np.ndarray | None
 
 def _batches(denoiser: Denoiser, config: Config, indices: range, unit: str = "images") -> Iterator[np.ndarray]:
     """Yields the images of ``indices`` as (n, C, H, W) uint8, ``sampler.batch_size`` at a time."""
+    use_threads(config.setup.num_threads)
     use_full_precision()  # with TF32 an image would depend on its batch by more than one grey level
     device = pick_device(config.setup.device)
     network = denoiser.to(device).network

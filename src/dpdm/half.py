@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from dpdm.errors import InputError, RunError
-from dpdm.model_cards import model_card
+from dpdm.model_cards import model_card, public_card
 from dpdm.own_statement import ROUNDING
 from dpdm.release import check_unused, load_config, redacted, write_release
 from dpdm.released_files import to_half
@@ -31,5 +31,6 @@ def halve(release: Path, workdir: Workdir) -> Path:
         raise RunError(f"Expected {release} to agree with its own statement, got: {found.problems[0]}.")
     statement, config = found.statement | {"rounding": ROUNDING}, load_config(release)
     weights = to_half(load_file(release / "model.safetensors"))
-    write_release(workdir, weights, redacted(config), statement, model_card(statement, config))
+    card = (public_card if found.is_public else model_card)(statement, config)
+    write_release(workdir, weights, redacted(config), statement, card)
     return workdir.release

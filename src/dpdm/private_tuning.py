@@ -37,11 +37,10 @@ from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
 from dpdm.device import environment, execution
-from dpdm.diffusion.adapters import merged
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.classifiers import ExactClassifier
 from dpdm.files import write_json, write_text
-from dpdm.generate import as_drawn, draw
+from dpdm.generate import as_drawn, denoiser_with, draw
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism, Repeats, Selection
@@ -284,9 +283,7 @@ def _one_run(
         with silence():
             config, state = train(found.to_run(number), folder, key=noise.derive_key(key, "training"))
             state.curves.clear()
-            denoiser = configs.build_denoiser(config)
-            denoiser.network.load_state_dict(merged(state.ema))
-            images, labels = draw(denoiser.eval(), as_drawn(config, state), num_images=SCORE_IMAGES)
+            images, labels = draw(denoiser_with(config, state.ema), as_drawn(config, state), num_images=SCORE_IMAGES)
             assert labels is not None  # images without labels were refused
             score = noisy_score(ExactClassifier(images, labels), real, found.selection.base[-1], key)
     finally:

@@ -25,7 +25,7 @@ from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
 from dpdm.files import atomic_path, fsync, write_json, write_text
-from dpdm.generate import as_drawn, draw, grid
+from dpdm.generate import as_drawn, denoiser_with, draw, grid
 from dpdm.initial import read_sources
 from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.own_statement import ROUNDING, claim_statement, make_statement, public_statement
@@ -82,8 +82,7 @@ def preview(workdir: Workdir) -> list[Path]:
         config = as_drawn(config, state)
         pictures = []
         for rate in (config.model.ema_rate, *config.model.ema_rates):
-            denoiser = configs.build_denoiser(config)
-            denoiser.network.load_state_dict(_average(config, state, rate))
+            denoiser = denoiser_with(config, _average(config, state, rate))
             images, labels = draw(denoiser, config, num_images=PREVIEWED)
             pictures.append(workdir.averages / f"{rate}.png")
             with atomic_path(pictures[-1]) as temporary:

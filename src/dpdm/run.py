@@ -5,7 +5,6 @@ rank 0 alone; the other processes are handed what they need for a step, never th
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from dpdm.device import (
     total_memory,
     use_bf16,
     use_full_precision,
+    use_threads,
 )
 from dpdm.diffusion.adapters import freeze, trained_parameters
 from dpdm.diffusion.denoiser import Denoiser
@@ -201,8 +201,7 @@ def set_up(config: Config) -> torch.device:
     use_full_precision()
     if device.type == "cpu":
         keep_freed_memory()
-    # More threads than cores wait for each other; a config may come from a larger machine.
-    torch.set_num_threads(min(config.setup.num_threads or torch.get_num_threads(), os.cpu_count() or 1))
+    use_threads(config.setup.num_threads)
     return device
 
 

@@ -16,7 +16,7 @@ from dpdm import config as configs
 from dpdm.audit import GAIN, check_confidence, check_private
 from dpdm.config import Config
 from dpdm.data.sources import source_path
-from dpdm.device import pick_device, total_memory, use_full_precision
+from dpdm.device import pick_device, total_memory, use_full_precision, use_threads
 from dpdm.errors import InputError, RunError
 from dpdm.optimizer import adam_step
 from dpdm.plan import Plan, check_keys, make_plan
@@ -155,7 +155,7 @@ def _run_with_canaries(config: Config, source: str, folder: Path, num_canaries: 
         plan = replace(plan, warmup=(), epsilon=accounting.epsilon_spent([bare], plan.delta))
     device = pick_device(config.setup.device)
     use_full_precision()
-    torch.set_num_threads(config.setup.num_threads or torch.get_num_threads())
+    use_threads(config.setup.num_threads)
     denoiser = configs.build_denoiser(config).to(device).train()
     size = physical_batch_size(config, total_memory(device))
     return Run(config, archive, plan, denoiser, device, archive.fingerprint(), size)

@@ -27,7 +27,7 @@ from dpdm.evaluation.classifiers import logistic_regression_accuracy
 from dpdm.evaluation.features import extract, pixel_extractor, train_feature_extractor
 from dpdm.evaluation.frechet import feature_statistics, frechet_distance
 from dpdm.files import write_text
-from dpdm.generate import as_drawn, draw
+from dpdm.generate import as_drawn, denoiser_with, draw
 from dpdm.plain_yaml import read_overrides, read_yaml
 from dpdm.plan import Plan, make_plan
 from dpdm.privacy import accounting
@@ -266,10 +266,9 @@ def _train_on_stand_in(config: Config, plan: Plan, training: ImageArchive, folde
 def _utility(
     utility: Utility, config: Config, state: TrainState, training: ImageArchive, held_out: ImageArchive
 ) -> float:
-    denoiser = configs.build_denoiser(config)
-    denoiser.network.load_state_dict(state.ema)
     with silence():
-        drawn = ImageSet("synthetic", *draw(denoiser.eval(), as_drawn(config, state), num_images=SCORE_IMAGES))
+        images, labels = draw(denoiser_with(config, state.ema), as_drawn(config, state), num_images=SCORE_IMAGES)
+    drawn = ImageSet("synthetic", images, labels)
     real = read_set("stand-in", training if utility == "frechet" else held_out)
     if utility == "accuracy":
         assert drawn.labels is not None  # both have labels: looked at before
