@@ -20,7 +20,7 @@ from dpdm.account import compose
 from dpdm.cli import run_command
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter
-from dpdm.diffusion.adapters import trained_parameters
+from dpdm.diffusion.adapters import merged, trained_parameters
 from dpdm.errors import InputError, RunError
 from dpdm.evaluate import warmup_images
 from dpdm.evaluation.guarantee import Guarantee
@@ -28,7 +28,7 @@ from dpdm.plan import check_keys
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.dpsgd import per_example_gradients
 from dpdm.privacy.ledger import Ledger
-from dpdm.release import load_denoiser, make_release
+from dpdm.release import load_denoiser, make_release, preview
 from dpdm.run import open_run
 from dpdm.verify import page, verify
 from dpdm.workdir import Workdir
@@ -302,6 +302,20 @@ def test_a_release_is_a_plain_network(public: Path, private: Path) -> None:
 
 def moved(state: checkpoint.TrainState, source: Mapping[str, Tensor]) -> dict[str, bool]:
     return {name: bool((state.parameters[name] != weight).any()) for name, weight in source.items()}
+
+
+def test_another_average_is_merged_too(folder: Path, public: Path, tmp_path: Path) -> None:
+    keys = (f"model.init={public / 'release'}", "model.trainable=[norm]", "model.lora_rank=1", "model.ema_rates=[0.0]")
+    workdir = Workdir(tmp_path / "w")
+    train.train(config_for(folder, "private", *keys), workdir)
+    state, _ = checkpoint.load(workdir.checkpoint)
+    assert len(preview(workdir)) == 2
+    found = load_file(make_release(workdir, 0.0) / "model.safetensors")
+    chosen, other = merged(state.average(0.0)), merged(state.ema)
+    assert found.keys() == chosen.keys()
+    assert all(torch.equal(found[name], chosen[name]) for name in found)
+    assert any(not torch.equal(found[name], other[name]) for name in found)
+    assert verify(workdir.release).problems == []
 
 
 def test_frozen_weights_get_neither_gradient_nor_noise(
