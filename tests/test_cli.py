@@ -186,6 +186,11 @@ def test_account_totals_ledgers_and_statements(run: Path, capfd: Capture, refuse
     assert total(ledger) == total(statement) < total(ledger, statement) <= 2 * total(ledger)
     assert "privacy.json" in refused("account", "--compose", run / "config.yaml")
     assert "none" in refused("account", "--compose", run / "nothing")
+    assert "--compose alone" in refused("account", "--compose", run / "config.yaml", "--epsilon", "5")
+    stats = ["--fid", "stats.npz", "--samples", run]
+    assert "--classifiers" in refused("evaluate", *stats, "--classifiers", "paper")
+    assert "--holdout" in refused("evaluate", *stats, "--holdout", "images.zip")
+    assert "--classifiers" in refused("evaluate", "--workdir", run, "--classifier-epochs", "2")
 
 
 # train: refused before anything is bought or left behind
@@ -330,6 +335,16 @@ def test_sample_and_release_refuse_to_replace(run: Path, refused: Callable[..., 
     before = contents(run)
     assert "choose another --workdir" in refused("sample", "--workdir", run)
     assert contents(run) == before
+
+
+def test_a_budget_near_the_largest_is_calibrated(capfd: Capture) -> None:
+    """Refused are only noise multipliers that were given, by a quick and looser bound."""
+    numbers = ["--dataset-size", "1000", "--batch-size", "1000", "--iterations", "10", "--delta", "1e-5"]
+    assert run_command(["account", *numbers, "--epsilon", "90", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert 85 < found["epsilon"] <= 90
+    assert run_command(["account", *numbers, "--noise-multiplier", str(0.5 * found["noise_multiplier"])]) == 2
+    assert "raise the noise multiplier" in capfd.readouterr().err
 
 
 # Damage

@@ -270,6 +270,7 @@ def test_what_may_differ_is_accepted() -> None:
         ({"candidates": (("dp.epsilon=3",), ())}, "dp.epsilon"),
         ({"candidates": (("model.network.width=0",), ())}, "width"),
         ({"candidates": ((), ("sampler.class_weights=[9,1]",))}, "class_weights"),
+        ({"candidates": ((), ("sampler.labels=1",))}, "sampler.labels"),
         ({"epsilon": 0.0}, "--epsilon"),
         ({"mean": 0.5}, "mean_runs"),
         ({"distribution": "uniform"}, "distribution"),

@@ -70,7 +70,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny = [*TINY, "train.warmup.num_iterations=2", "sampler.num_steps=2", "sampler.num_images=4"]
+    tiny = [*TINY, "train.warmup.num_iterations=2", "sampler.num_steps=2"]
     assert run_command(["demo", "--", *tiny]) == 0
     code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert code is not None

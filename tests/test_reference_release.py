@@ -92,6 +92,17 @@ def test_a_checkpoint_is_sampled_as_its_readme_shows(files: Path, tmp_path: Path
     assert not same(sample(tmp_path / "f", *theirs, *churn, "sampler.num_steps=6"), images)
 
 
+def test_raw_weights_are_released_and_drawn_from(files: Path, tmp_path: Path) -> None:
+    config = ["--config", str(files / "config.yaml"), "--", "model.use_ema=false"]
+    words = ["--from", str(files / "tiny_1.0.pth"), "--workdir", str(tmp_path / "raw")]
+    assert run_command(["release", *words, *config]) == 0
+    assert json.loads((tmp_path / "raw" / "release" / "privacy.json").read_text())["weights"] == "raw"
+    drawn = sample(
+        tmp_path / "a", "--", f"model.ckpt={tmp_path / 'raw' / 'release'}", "sampler.num_images=5", "sampler.seed=2"
+    )
+    assert same(drawn, sample(tmp_path / "b", *config, f"model.ckpt={files / 'tiny_1.0.pth'}"))
+
+
 def test_a_checkpoint_does_not_take_up_another_files_config(files: Path, tmp_path: Path) -> None:
     """A config.json beside it is another model's, or another program's."""
     shutil.copy(files / "tiny_1.0.pth", tmp_path / "tiny.pth")

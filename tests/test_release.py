@@ -128,6 +128,25 @@ def test_another_average_may_be_released(workdir: Workdir, rate: float) -> None:
     assert any(not torch.equal(tensor, state.ema[name]) for name, tensor in wanted.items())
 
 
+def test_a_run_before_its_first_step_is_not_released(
+    finished: Workdir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has bought nothing: its statement would name no mechanism, and its key would be gone."""
+
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_next_step", interrupted)
+    run = Workdir(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train.train(configs.load([finished.config], ["train.warmup.enabled=false"]), run)
+    assert run.checkpoint.exists()
+    with pytest.raises(InputError, match="before its first step"):
+        make_release(run)
+    assert run.key.exists()
+    assert not run.release.exists()
+
+
 def test_averages_are_shown_before_one_is_chosen(workdir: Workdir) -> None:
     """What is shown is what the release of that average draws; nothing is released by it."""
     pictures = preview(workdir)

@@ -14,6 +14,7 @@ from dpdm.cli import run_command
 from dpdm.data.archive import ImageArchive
 from dpdm.diffusion.image_noise import image_labels
 from dpdm.errors import InputError
+from dpdm.privacy import covariance
 from dpdm.privacy.ledger import Ledger
 from dpdm.release import load_config
 from dpdm.synthesize import Request, synthesize
@@ -196,7 +197,11 @@ def test_it_goes_on_where_it_was_stopped_and_takes_the_single_steps(
         ({"epsilon": 1e6}, "--epsilon"),
         ({"delta": 0.0}, "--delta"),
         ({"delta": 0.1}, "delta < 1/N"),
-        ({"num_images": 0}, "--num-images"),
+        ({"num_images": 1}, "--num-images"),
+        ({"overrides": ("sampler.num_images=4",)}, "--num-images"),
+        ({"overrides": ("sampler.labels=3",)}, "sampler.labels"),
+        ({"overrides": ("setup.n_gpus_per_node=2",)}, "one process"),
+        ({"overrides": ("model.use_ema=false",)}, "model.use_ema"),
         ({"source": "nowhere"}, "nowhere"),
         ({"overrides": ("dp.epsilon=100",)}, "give --epsilon"),
         ({"overrides": ("dp.seed=1",)}, "dp.seed"),
@@ -212,6 +217,51 @@ def test_what_is_refused_leaves_nothing(changes: dict[str, object], hint: str, t
         synthesize(Request(**values), Workdir(tmp_path / "w"))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "w").exists()
+
+
+def test_what_cannot_be_drawn_or_measured_is_found_before_anything_is_bought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Workdir(tmp_path / "w")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in write_images(tmp_path / "source", ("a", "b"), 20).rglob("*.png"):
+        path.rename(plain / f"{path.parent.name}{path.name}")
+    with pytest.raises(InputError, match=r"sampler\.guidance_scale"):
+        synthesize(Request(str(plain), EPSILON, overrides=("sampler.guidance_scale=1",)), run)
+    assert not run.root.exists()
+    for split, count in (("train", 40), ("test", 1)):
+        write_images(tmp_path / "divided" / split, ("a",), count)
+    with pytest.raises(InputError, match="at least 2 held-out images"):
+        synthesize(Request(str(tmp_path / "divided"), EPSILON), run)
+    assert not run.root.exists()
+    monkeypatch.setattr(covariance, "LARGEST_SIZE", 100)
+    large = ("train.warmup.covariance_noise_multiplier=3", *FEW_STEPS)
+    with pytest.raises(InputError, match=r"train\.warmup\.covariance_side"):
+        synthesize(Request("digits", EPSILON, overrides=large), run)
+    assert not run.root.exists()
+
+
+def test_the_demo_replaces_its_own_finished_run_alone(demo: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo, tmp_path / "w")
+    run = Workdir(tmp_path / "w")
+
+    def refused(*words: str) -> None:
+        before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+        assert run_command(["demo", "--workdir", str(run.root), *words]) == 2
+        assert {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()} == before
+
+    refused("--epsilon", "0")
+    refused("--", "trian.num_epochs=1")
+    note = run.private / "request.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "source": "my/patients"}))
+    refused("--", *FEW_STEPS)
+    assert run.release.exists()
+    note.write_text((demo / "private" / "request.json").read_text())
+    before = (run.release / "model.safetensors").read_bytes()
+    words = ["--epsilon", str(EPSILON), "--workdir", str(run.root), "--", *FEW_STEPS]
+    assert run_command(["demo", *words]) == 0
+    assert (run.release / "model.safetensors").read_bytes() != before
 
 
 def test_the_workdir_may_not_lie_in_the_source(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import stat
 import warnings
@@ -286,6 +287,18 @@ def test_one_step_does_not_depend_on_the_physical_batch(archive: Path, tmp_path:
 def test_two_runs_of_one_config_draw_different_noise(archive: Path, tmp_path: Path) -> None:
     runs = [train(tiny(archive, "train.num_iterations=1"), Workdir(tmp_path / name))[1] for name in "ab"]
     assert not torch.equal(weights(runs[0]), weights(runs[1]))
+
+
+def test_an_archive_that_was_prepared_into_the_run_is_the_users(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However its path is written."""
+    monkeypatch.chdir(tmp_path)
+    workdir = Workdir(Path("w"))
+    workdir.private.mkdir(parents=True)
+    shutil.copy(archive, workdir.train_archive)
+    train(tiny(workdir.train_archive.resolve(), "train.num_iterations=1"), workdir)
+    assert workdir.train_archive.read_bytes() == archive.read_bytes()
 
 
 def test_an_existing_run_needs_resume_and_its_own_config(archive: Path, tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def answer(question: Question) -> dict[str, Any]:
         assert question.epsilon is not None  # exactly one of the two is given
         noise_multiplier = accounting.calibrate_noise_multiplier(question.epsilon, delta, rate, steps, others=others)
     mechanisms = [*others, Mechanism("DP-SGD", rate, noise_multiplier, steps)]
-    check_worth(mechanisms, delta)
+    if question.noise_multiplier is not None:  # what was calibrated has its epsilon
+        check_worth(mechanisms, delta)
     spent = accounting.epsilon_spent(mechanisms, delta)
     return {
         "noise_multiplier": noise_multiplier,

@@ -93,6 +93,8 @@ def evaluate(
     from dpdm import evaluate as measures
     from dpdm import fidelity
 
+    if classifier_epochs is not None and classifiers is None:
+        raise InputError("Expected --classifiers with --classifier-epochs, got none: name a protocol.")
     if samples is None:
         if workdir is None:
             raise InputError("Expected --workdir, got none: give a run's folder, or --fid with --samples.")
@@ -103,6 +105,11 @@ def evaluate(
     else:
         if statistics is None:
             raise InputError("Expected --fid with --samples, got none: give a file that dpdm fid-stats wrote.")
+        if classifiers is not None or holdout is not None:
+            raise InputError(
+                "Expected neither --classifiers nor --holdout with --samples, got one: classifiers are trained on a "
+                "run's images, by --workdir."
+            )
         run = Workdir(workdir) if workdir else None
         result = measures.evaluate_samples(samples, measures.Fid(statistics, extractor), run, real=real)
         text = fidelity.summary

@@ -34,12 +34,11 @@ def demo(workdir: Path, epsilon: float, overrides: tuple[str, ...]) -> None:
 
     Goes on if it was stopped, and replaces its own finished run.
     """
-    from dpdm.synthesize import Request, start_over, synthesize
+    from dpdm.synthesize import Request, remove_finished, synthesize
 
-    run = Workdir(workdir)
-    if run.shareable.exists() and (run.private / "request.json").exists():
-        start_over(run)
-    synthesize(Request("digits", epsilon, delta=1e-5, overrides=overrides), run)
+    run, request = Workdir(workdir), Request("digits", epsilon, delta=1e-5, overrides=overrides)
+    remove_finished(request.source, run)
+    synthesize(request, run)
     _finished(run)
 
 
@@ -274,7 +273,7 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
         if own is not None:  # the model's own shape and sampler, the user's wishes on top
             asked = configs.load([own, *files], overrides, quiet=True)
         denoiser = load_denoiser(ckpt, asked if own is not None or files else None)
-        archive = run.synthetic if ckpt == run.release and not run.synthetic.exists() else None
+        archive = run.synthetic if ckpt.resolve() == run.release.resolve() and not run.synthetic.exists() else None
     if processes := launch.processes_to_start(asked, overrides):
         return launch.start(processes, click.get_current_context().obj)
     count = make_samples(denoiser, asked, folder=run.samples, archive=archive)

@@ -28,6 +28,7 @@ from dpdm.data.transforms import MAX_RESOLUTION
 from dpdm.device import total_memory
 from dpdm.diffusion.adapters import ALL, MAX_RANK
 from dpdm.diffusion.denoiser import Denoiser, DenoiserKind
+from dpdm.diffusion.image_noise import image_labels
 from dpdm.diffusion.loss import LossConfig
 from dpdm.diffusion.sampling import SamplerConfig
 from dpdm.diffusion.unet import NetworkConfig, UNet
@@ -202,7 +203,7 @@ class TrainConfig:
 class SetupConfig:
     """Attributes:
     device: auto takes a GPU if there is one.
-    num_threads: of the CPU, for each process, in training, drawing and audits; None: torch's choice.
+    num_threads: of the CPU, for each process, in training, drawing and dpdm audit run; None: torch's choice.
     n_gpus_per_node: processes on this machine, which share each step out; see also torchrun.
     precision: of the network in training: float32, or bf16 by torch.autocast; auto is bf16 on a GPU that has it.
         Clipping, sums, noise and weights are not affected.
@@ -337,10 +338,10 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
             f"Expected data.num_classes={num_classes}, got {archive.num_classes} in {archive.path}: leave it out, or "
             "give 0 for a model without classes."
         )
-    weights = len(config.sampler.class_weights)
-    if weights and weights != num_classes:
+    image_labels(config.sampler.labels, 0, (), num_classes, config.sampler.class_weights)  # refuses what does not fit
+    if config.sampler.guidance_scale and not num_classes:
         raise InputError(
-            f"Expected one of sampler.class_weights for each of {num_classes} classes, got {weights}: leave them out."
+            f"Expected sampler.guidance_scale=0 without classes, got {config.sampler.guidance_scale}: leave it out."
         )
     names = tuple(archive.class_names or ()) if num_classes else ()
     check_plain(list(names), str(archive.path), "class_names")

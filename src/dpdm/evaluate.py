@@ -184,15 +184,16 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
     names = tuple(config.data.class_names)
     sample = np.linspace(0, real.num_images - 1, min(REPORT_IMAGES, real.num_images)).astype(np.int64)
     steps, epsilons = spending(statement)
-    labels = None if synthetic.labels is None else synthetic.labels[:REPORT_IMAGES]
+    labels = None if synthetic.labels is None or real.labels is None else synthetic.labels[:REPORT_IMAGES]
+    kind = "Private synthetic" if config.dp.enabled else "Synthetic"
     report = PrivateReport(
-        title=f"Private synthetic images: {config.data.name or 'your images'}",
+        title=f"{kind} images: {config.data.name or 'your images'}",
         source=f"{config.data.name or 'images'}: {real.num_images} for training"
         + (f", of {real.num_groups} groups" if real.groups is not None else ""),
         guarantee=Guarantee.from_statement(statement) if config.dp.enabled else None,
         real=real.read(sample),
         synthetic=synthetic.images[:REPORT_IMAGES],
-        real_labels=real.labels[sample] if labels is not None and real.labels is not None else None,
+        real_labels=None if labels is None or real.labels is None else real.labels[sample],
         synthetic_labels=labels,
         class_names=names,
         loss=np.array(state.curves.get("loss", [])),

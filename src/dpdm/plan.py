@@ -77,7 +77,8 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
             config.dp.epsilon, config.dp.delta, rate, steps, others=others
         )
     dp_sgd = accounting.Mechanism("DP-SGD", rate, noise_multiplier, steps)
-    account.check_worth([*others, dp_sgd], config.dp.delta)
+    if config.dp.noise_multiplier is not None:  # what was calibrated has its epsilon
+        account.check_worth([*others, dp_sgd], config.dp.delta)
     epsilon = accounting.epsilon_spent([*others, dp_sgd], config.dp.delta)
     return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, others, unit)
 
@@ -94,6 +95,8 @@ def check_keys(config: Config) -> None:
             )
     else:
         check_public(config)
+    if not config.model.use_ema:
+        raise InputError("Expected model.use_ema=true in training, got false: it is for checkpoints of the original.")
     if train.num_iterations is None and train.num_epochs is None:
         raise InputError("Expected train.num_epochs or train.num_iterations, got neither: give one.")
     if train.num_iterations is not None:

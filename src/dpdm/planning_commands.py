@@ -37,6 +37,9 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
     """
     from dpdm import account as accounts
 
+    given = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is not None]
+    if compose and given:
+        raise InputError(f"Expected --compose alone or with --delta, got {given[0]} too: files have their own numbers.")
     result = accounts.compose(compose, delta) if compose else accounts.answer(accounts.Question(delta=delta, **numbers))
     if as_json:
         print(json.dumps(result))

@@ -53,6 +53,7 @@ from dpdm.statement import SCORE, planned_steps
 from dpdm.synthesize import Request, claim, configure, prepare_data, start_over
 from dpdm.train import train
 from dpdm.tune import built_in_candidates, silence
+from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
 SCORE_IMAGES = 2000  # synthetic images that the classifier learns from
@@ -157,6 +158,12 @@ def find_candidates(asked: SelectionRequest, workdir: Workdir, real: ImageArchiv
                 "with fresh weights and is private; leave it out."
             )
         check_keys(made[-1])  # what is impossible is found before anything is bought
+        check_covariances(made[-1].train.warmup, real, base.data.num_classes)
+        if made[-1].sampler.labels not in (None, made[-1].data.num_classes):
+            raise InputError(
+                f"Expected sampler.labels=null with --mean-runs, got {made[-1].sampler.labels}: a run is scored by a "
+                "classifier that learns all classes from its images."
+            )
         configs.build_denoiser(made[-1])
     check_same_cost(made, overrides, size)
     train, dp = made[0].train, made[0].dp

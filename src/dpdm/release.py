@@ -110,6 +110,11 @@ def _finished(workdir: Workdir) -> tuple[Config, TrainState, Ledger]:
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
             "the change."
         )
+    if config.dp.enabled and not ledger.mechanisms():
+        raise InputError(
+            f"Expected a run that has learned something in {workdir.root}, got one before its first step: go on by "
+            "dpdm train --resume."
+        )
     return config, state, ledger
 
 
@@ -172,7 +177,8 @@ def convert(file: Path, config: Config, workdir: Workdir, *, half: bool = False)
     network = reference_checkpoint.load_denoiser(file, config).network
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     weights = to_half(weights) if half else weights
-    sections = {name: section for name, section in redacted(config).items() if name in CONVERTED_SECTIONS}
+    written = replace(config, model=replace(config.model, use_ema=True))  # what there is, is what will be taken
+    sections = {name: section for name, section in redacted(written).items() if name in CONVERTED_SECTIONS}
     statement = claim_statement(config, _sha256(file))
     if half:
         statement["rounding"] = ROUNDING

@@ -41,6 +41,7 @@ from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import noise
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
+from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
 PIXELS_PER_PASS = 100_352  # 128 images of 28 x 28: enough to keep cores busy, about 2 GiB with the widest network
@@ -247,7 +248,7 @@ def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
         raise InputError("Expected data.path, got null: give an archive, a folder of images or idx files.")
     path = Path(config.data.path)
     if workdir.train_archive.exists():
-        if workdir.ledger.exists() or path == workdir.train_archive:
+        if workdir.ledger.exists() or path.resolve() == workdir.train_archive.resolve():
             return ImageArchive(workdir.train_archive, config.data.unit)
         workdir.train_archive.unlink()  # from a run that died before it began; it may be of other images
     if path.suffix == ".zip" and path.is_file() and is_archive(path):
@@ -283,10 +284,11 @@ def _open_books(
             f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
         )
     device = set_up(config)
-    given = Path(config.data.path or "") == workdir.train_archive
+    given = Path(config.data.path or "").resolve() == workdir.train_archive.resolve()
     try:
         archive = open_archive(config, workdir)
         config = configs.resolve(config, archive)
+        check_covariances(config.train.warmup, archive, config.data.num_classes or 0)
         plan = make_plan(config, archive.num_records)
         images = images_on_device(config, archive, device)
         initial = _initial(config, workdir)

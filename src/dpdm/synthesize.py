@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpdm import account
+from dpdm import account, distributed
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive, Unit
@@ -35,6 +35,7 @@ FIXED = {
     "dp.seed": "a run with a seed cannot be released; dpdm train takes it",
     "dp.enabled": "images are synthesized with a guarantee; dpdm train takes it",
     "data.path": "give SOURCE",
+    "sampler.num_images": "dpdm synthesize has --num-images",
 }
 
 
@@ -69,9 +70,14 @@ class Request:
             key = override.partition("=")[0]
             if key in FIXED:
                 raise InputError(f"Expected no {key} after --, got {override!r}: {FIXED[key]}.")
-        configs.load([], self.overrides)  # a typo is found before the images are read
-        if self.num_images is not None and self.num_images < 1:
-            raise InputError(f"Expected --num-images >= 1, got {self.num_images}.")
+        asked = configs.load([], self.overrides)  # a typo is found before the images are read
+        if asked.setup.n_gpus_per_node > 1 or distributed.size() > 1:
+            raise InputError(
+                "Expected one process for the whole way, got more: leave out setup.n_gpus_per_node and torchrun, or go "
+                "step by step by dpdm train, release and sample, which take several."
+            )
+        if self.num_images is not None and self.num_images < 2:
+            raise InputError(f"Expected --num-images >= 2, got {self.num_images}: they are compared with real ones.")
 
 
 def synthesize(request: Request, workdir: Workdir) -> dict[str, Any]:
@@ -144,6 +150,11 @@ def prepare_data(request: Request, workdir: Workdir) -> tuple[ImageArchive, Imag
             groups=request.groups,
             overwrite=True,
         )
+    if (held_out := ImageArchive(workdir.holdout_archive).num_images) < 2:
+        raise InputError(
+            f"Expected at least 2 held-out images of {request.source}, got {held_out}: give more images, or folders "
+            "train/ and test/."
+        )
     unit: Unit = "group" if ImageArchive(workdir.train_archive).groups is not None else "image"
     unit = configs.load([], [f"data.unit={unit}", *request.overrides], quiet=True).data.unit
     return ImageArchive(workdir.train_archive, unit), ImageArchive(workdir.holdout_archive, unit)
@@ -202,6 +213,16 @@ def start_over(workdir: Workdir) -> None:
             path.unlink(missing_ok=True)
     if workdir.root.exists() and not any(workdir.root.iterdir()):
         workdir.root.rmdir()
+
+
+def remove_finished(source: str, workdir: Workdir) -> None:
+    """Removes a finished run on the data set ``source`` from its folder; what else is there stays."""
+    if not workdir.shareable.exists():
+        return
+    with workdir.lock():
+        note = workdir.private / "request.json"
+        if note.exists() and _read_request(note).get("source") == source:
+            start_over(workdir)
 
 
 def claim(request: Any, source: str, workdir: Workdir, *, finished: Path) -> None:

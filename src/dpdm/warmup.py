@@ -20,7 +20,7 @@ from dpdm.privacy.central import (
     default_covariance_clipping_norm,
     noisy_class_means,
 )
-from dpdm.privacy.covariance import noisy_class_covariances, principal_factors
+from dpdm.privacy.covariance import check_size, noisy_class_covariances, principal_factors
 from dpdm.privacy.noise import derive_key, random_words, to_uniform
 from dpdm.progress import Progress
 
@@ -119,6 +119,13 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
     coarse = torch.from_numpy(factors.swapaxes(1, 2).copy()).view(-1, channels, side // factor, side // factor)
     fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False) / factor
     return replace(central, factors=fine.view(num_classes, -1, channels, side, side).numpy())
+
+
+def check_covariances(config: WarmupConfig, archive: ImageArchive, num_classes: int) -> None:
+    """Raises InputError if the images' covariances, where they are to be bought, have too many numbers in all."""
+    if config.enabled and config.covariance_noise_multiplier is not None:
+        side = archive.resolution // coarseness(archive.resolution, config.covariance_side)
+        check_size(max(num_classes, 1), archive.num_channels * side**2)
 
 
 def coarseness(side: int, largest: int) -> int:

@@ -23,6 +23,15 @@ LARGEST_SIZE = 2**22  # numbers in all matrices together
 MARGIN = 1.1e-6
 
 
+def check_size(num_classes: int, size: int) -> None:
+    """Raises InputError if the covariances of classes of vectors of ``size`` numbers are more than can be summed."""
+    if (total := num_classes * num_entries(size)) > LARGEST_SIZE:
+        raise InputError(
+            f"Expected at most {LARGEST_SIZE} numbers in all central covariances, got {total}: lower "
+            "train.warmup.covariance_side."
+        )
+
+
 def noisy_class_covariances(
     pieces: Iterable[np.ndarray],
     labels: np.ndarray | None,
@@ -71,12 +80,7 @@ def noisy_class_covariances(
     start = 0
     for piece in pieces:
         if sums is None:
-            size = num_classes * num_entries(piece.shape[1])
-            if size > LARGEST_SIZE:
-                raise InputError(
-                    f"Expected at most {LARGEST_SIZE} numbers in all central covariances, got {size}: lower "
-                    "train.warmup.covariance_side."
-                )
+            check_size(num_classes, piece.shape[1])
             sums = np.zeros((num_classes, piece.shape[1], piece.shape[1]))
         norms = np.sqrt(np.square(piece).sum(axis=1))
         scale = (1 - MARGIN) / np.maximum(norms, clipping_norm)
