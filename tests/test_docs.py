@@ -1,6 +1,7 @@
 """What the documentation says of keys and files is true."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_every_module_is_in_the_architecture() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     top = {path.name for path in (ROOT / "src" / "dpdm").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert {name for name in top if name not in text} == set()
+
+
+def test_the_changes_that_tests_catch_are_counted() -> None:
+    tags = [m["tag"] for m in tomllib.loads((ROOT / "tests/privacy/mutations.toml").read_text("utf-8")).values()]
+    counts = f"{tags.count('privacy')} changes that break privacy, {tags.count('fidelity')} that break fidelity"
+    assert counts in (ROOT / "docs" / "assurance.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)

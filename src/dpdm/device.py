@@ -85,7 +85,8 @@ def use_full_precision() -> None:
 def use_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether the network computes its steps in bfloat16, with float32 weights; auto: on a GPU that has it.
 
-    On a CPU only if asked for: it is faster with AVX512-BF16 alone, on which a run's course should not depend.
+    On a CPU only if asked for: it is faster on some alone (docs/performance.md), and on which one a run's course should
+    not depend.
     """
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
