@@ -120,9 +120,9 @@ class Subject:
         folder: Path | None = self.arguments.drawn
         if folder is None:
             return draw_some(self._denoiser, self.config, indices)
-        facts = json.dumps([self.facts(), _device_name(self.device)], sort_keys=True)
-        drawn_by = hashlib.sha256(facts.encode()).hexdigest()[:16]
-        file = folder / f"{self.arguments.name}-{drawn_by}-{indices.start}-{indices.stop}.npy"
+        facts = {**self.facts(), "model": None, "device": _device_name(self.device)}  # whatever its name
+        drawn_by = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        file = folder / f"{drawn_by}-{indices.start}-{indices.stop}.npy"
         if not file.exists():
             with atomic_path(file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, draw_some(self._denoiser, self.config, indices))
