@@ -182,8 +182,11 @@ def measure(
 def _kept(keep: Path | None, asked: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
     if keep is None or not keep.exists():
         return {}
-    content = json.loads(keep.read_text(encoding="utf-8"))
-    runs = content.pop("runs")
+    try:
+        content = json.loads(keep.read_text(encoding="utf-8"))
+        runs: dict[str, list[dict[str, float]]] = content.pop("runs")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"Expected figures in {keep}, could not read them: remove the file.") from None
     if content != asked:
         raise InputError(f"Expected figures of {dict(asked)} in {keep}, got those of {content}: name another file.")
     return runs

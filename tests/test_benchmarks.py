@@ -321,6 +321,10 @@ def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
     assert [one["accuracy"] for one in again["runs"]["the recipe"]] == [0.1, 0.4]
     with pytest.raises(InputError, match=f"Expected figures of .* in {kept}, got those of"):
         levers.measure(levers.DIGITS, 1.0, ["the recipe"], 1, [], kept)
+    for damaged in ("{", "[]", "{}"):
+        kept.write_text(damaged)
+        with pytest.raises(InputError, match=f"Expected figures in {kept}, could not read them"):
+            levers.measure(levers.DIGITS, 10.0, ["the recipe"], 1, [], kept)
     page = tmp_path / "levers.md"
     page.write_text("<!-- levers: begin -->\n<!-- levers: end -->\n")
     levers.write_between(page, "levers", levers.table(levers.DIGITS, result))

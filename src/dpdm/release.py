@@ -119,8 +119,8 @@ def _finished(workdir: Workdir) -> tuple[Config, TrainState, Ledger]:
 
 
 def _average(config: Config, state: TrainState, rate: float) -> dict[str, Tensor]:
-    """Returns the weights of one of a run's averages, adapters merged."""
-    return merged(state.average(rate) if rate in config.model.ema_rates else state.ema)
+    """Returns the weights of one of a run's averages, adapters beside what they adapt."""
+    return state.average(rate) if rate in config.model.ema_rates else state.ema
 
 
 def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Path:
@@ -130,7 +130,7 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
         rates = [config.model.ema_rate, *kept]
         raise InputError(f"Expected --ema to be one of {rates}, which the run kept, got {ema_rate}: name another.")
     rate = ema_rate if ema_rate is not None else config.model.ema_rate
-    average = _average(config, state, rate)
+    average = merged(_average(config, state, rate))
     config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
     config = as_drawn(config, state)
     if config.train.warmup.counts(config.data.num_classes or 0) and not config.sampler.class_weights:

@@ -248,13 +248,18 @@ def open_archive(config: Config, workdir: Workdir) -> ImageArchive:
         raise InputError("Expected data.path, got null: give an archive, a folder of images or idx files.")
     path = Path(config.data.path)
     if workdir.train_archive.exists():
-        if workdir.ledger.exists() or path.resolve() == workdir.train_archive.resolve():
+        if workdir.ledger.exists() or _is_the_runs(path, workdir):
             return ImageArchive(workdir.train_archive, config.data.unit)
         workdir.train_archive.unlink()  # from a run that died before it began; it may be of other images
     if path.suffix == ".zip" and path.is_file() and is_archive(path):
         return ImageArchive(path, config.data.unit)
     prepare(config.data.path, workdir.train_archive)
     return ImageArchive(workdir.train_archive, config.data.unit)
+
+
+def _is_the_runs(path: Path, workdir: Workdir) -> bool:
+    """Whether a user's path is that of the run's own archive, however it is written."""
+    return path.resolve() == workdir.train_archive.resolve()
 
 
 def _open_books(
@@ -284,7 +289,7 @@ def _open_books(
             f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
         )
     device = set_up(config)
-    given = Path(config.data.path or "").resolve() == workdir.train_archive.resolve()
+    given = _is_the_runs(Path(config.data.path or ""), workdir)
     try:
         archive = open_archive(config, workdir)
         config = configs.resolve(config, archive)

@@ -26,6 +26,7 @@ from dpdm.train import train
 from dpdm.workdir import Workdir
 
 HOLDOUT_FRACTION = 1 / 6
+ONE_PROCESS, STEPS = "one process for the whole way", "go step by step by dpdm train, release and sample"
 PRODUCTS = ("config.yaml", "private", "release", "samples", "synthetic.zip", "report.html", "shareable.html")
 
 FIXED = {
@@ -71,10 +72,9 @@ class Request:
             if key in FIXED:
                 raise InputError(f"Expected no {key} after --, got {override!r}: {FIXED[key]}.")
         asked = configs.load([], self.overrides)  # a typo is found before the images are read
-        if asked.setup.n_gpus_per_node > 1 or distributed.size() > 1:
+        if asked.setup.n_gpus_per_node > 1:
             raise InputError(
-                "Expected one process for the whole way, got more: leave out setup.n_gpus_per_node and torchrun, or go "
-                "step by step by dpdm train, release and sample, which take several."
+                f"Expected {ONE_PROCESS}, got setup.n_gpus_per_node={asked.setup.n_gpus_per_node}: {STEPS}."
             )
         if self.num_images is not None and self.num_images < 2:
             raise InputError(f"Expected --num-images >= 2, got {self.num_images}: they are compared with real ones.")
@@ -86,6 +86,8 @@ def synthesize(request: Request, workdir: Workdir) -> dict[str, Any]:
     Raises:
         InputError: if ``workdir`` holds another request's run, a finished one, or other files.
     """
+    if distributed.size() > 1:
+        raise InputError(f"Expected {ONE_PROCESS}, got {distributed.size()}: leave out torchrun, or {STEPS}.")
     with workdir.lock():
         claim(request, request.source, workdir, finished=workdir.shareable)
         return _go_on(request, workdir)
