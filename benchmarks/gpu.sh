@@ -7,7 +7,7 @@
 #          gpu_tests.txt, environment.txt, report.md, errors.txt. What is measured is written at once, so that a run that is cut short
 #          leaves what it has.
 # WHEELS   folder of wheels of what the machine lacks, installed into a temporary folder without their dependencies.
-#          For a bare torch: omegaconf, antlr4-python3-runtime, cryptography, cffi, pycparser, dp-accounting, dm-tree,
+#          For a bare torch: dpdm itself (its version is asked for), omegaconf, antlr4-python3-runtime, cryptography, cffi, pycparser, dp-accounting, dm-tree,
 #          immutabledict; for the peers: opacus, diffusers, importlib-metadata, zipp. Without the peers their columns
 #          stay empty.
 # PYTHON   with torch (default python3).
@@ -17,7 +17,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} ROUNDS=${ROUNDS:-7} IMAGES=${IMAGES:-256}
-NETWORKS=${NETWORKS:-mnist_28 cifar10_32 celeba_64} LARGE=${LARGE:-64x32 128x32} LOGICAL=${LOGICAL:-1024x32}
+NETWORKS=${NETWORKS:-mnist_28 cifar10_32 celeba_64} LARGE=${LARGE:-64x32 256x32} LOGICAL=${LOGICAL:-1024x32}
 OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT" || exit 1
 rm -f "$OUT/dp_step.jsonl" "$OUT/logical_step.jsonl" "$OUT/sampling.jsonl" "$OUT/errors.txt" # lines are appended below
@@ -56,7 +56,7 @@ for network in $NETWORKS; do
         >>"$OUT/dp_step.jsonl"
 done
 for shape in $LARGE; do
-    try 40 "$PYTHON" benchmarks/dp_step.py --network mnist_28 --examples "${shape%x*}" --draws "${shape#*x}" \
+    try 35 "$PYTHON" benchmarks/dp_step.py --network mnist_28 --examples "${shape%x*}" --draws "${shape#*x}" \
         --device "$DEVICE" --rounds "$ROUNDS" --peers opacus_hooks --no-error --json >>"$OUT/dp_step.jsonl"
 done
 try 55 "$PYTHON" benchmarks/logical_step.py --network mnist_28 --examples "${LOGICAL%x*}" --draws "${LOGICAL#*x}" \
@@ -65,6 +65,7 @@ for network in $NETWORKS; do
     try 50 "$PYTHON" benchmarks/sampling.py --network "$network" --device "$DEVICE" --images "$IMAGES" --json \
         >>"$OUT/sampling.jsonl"
 done
-try 70 "$PYTHON" -m pytest -m gpu -p no:cacheprovider >"$OUT/gpu_tests.txt"
-try 20 "$PYTHON" benchmarks/gpu_report.py "$OUT" >"$OUT/report.md"
+try 40 "$PYTHON" -m pytest -m gpu -p no:cacheprovider >"$OUT/gpu_tests.txt"
+try 45 "$PYTHON" -m pytest tests/privacy/test_gpu_layers.py -p no:cacheprovider >>"$OUT/gpu_tests.txt"
+try 15 "$PYTHON" benchmarks/gpu_report.py "$OUT" >"$OUT/report.md"
 cat "$OUT/gpu_tests.txt" "$OUT/report.md"

@@ -32,6 +32,15 @@ def test_full_precision_turns_tf32_off() -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert device.pick_device("cuda") == torch.device("cuda", 0)
+    assert chosen == [torch.device("cuda", 0)]  # torch refuses one without a number there
+
+
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", ""])
 def test_a_device_that_cannot_be_used_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"setup\.device"):

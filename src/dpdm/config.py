@@ -152,7 +152,8 @@ class TrainConfig:
         expected_batch_size: q N.
         num_epochs: passes over the data, floor(num_epochs / q) steps, unless
         num_iterations: steps; overrides num_epochs, for calibration and running alike.
-        physical_batch_size: most examples in one forward pass; None: by a rule from the network's size.
+        physical_batch_size: most examples in one forward pass; None: by a rule from the network's size and, on a GPU,
+            from its memory.
         n_splits: cuts the physical batch to at most expected_batch_size / n_splits.
         log_every: steps between lines on the terminal with the mean loss of these steps; private. None: no lines.
         log_threshold: no such line before this step.

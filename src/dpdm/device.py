@@ -37,6 +37,8 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=name)
         device = torch.device(name)
         if device.type == "cuda":
+            if device.index is None:  # torch asks for a number in many places
+                device = torch.device("cuda", torch.cuda.current_device())
             torch.cuda.set_device(device)  # NCCL takes the current one
         return device
     except (RuntimeError, AssertionError) as error:

@@ -92,13 +92,20 @@ def adam_step(
     rate = learning_rate(config, step, num_iterations)
     first, second = 1 - BETA_1 ** (step + 1), 1 - BETA_2 ** (step + 1)
     variance = noise_deviation**2
-    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        if config.weight_decay:
-            gradient = gradient + config.weight_decay * parameter
-        m, v = exp_avg[name], exp_avg_sq[name]
-        m.lerp_(gradient, 1 - BETA_1)
-        v.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
-        corrected = v / second
-        if config.noise_correction:
-            corrected.sub_(variance).clamp_(min=config.noise_floor * variance)
-        parameter.addcdiv_(m, corrected.sqrt_().add_(EPS), value=-rate / first)
+    # By torch._foreach_*, as torch.optim does it: a GPU's host then gives few orders in place of thousands.
+    names, own, found = list(parameters), list(parameters.values()), list(gradients)
+    if len(found) != len(names):
+        raise ValueError(f"Expected a gradient for each of {len(names)} parameters, got {len(found)}.")
+    if config.weight_decay:
+        found = torch._foreach_add(found, torch._foreach_mul(own, config.weight_decay))
+    m, v = [exp_avg[name] for name in names], [exp_avg_sq[name] for name in names]
+    torch._foreach_lerp_(m, found, 1 - BETA_1)
+    torch._foreach_mul_(v, BETA_2)
+    torch._foreach_addcmul_(v, found, found, value=1 - BETA_2)
+    corrected = torch._foreach_div(v, second)
+    if config.noise_correction:
+        torch._foreach_sub_(corrected, variance)
+        torch._foreach_clamp_min_(corrected, config.noise_floor * variance)
+    torch._foreach_sqrt_(corrected)
+    torch._foreach_add_(corrected, EPS)
+    torch._foreach_addcdiv_(own, m, corrected, value=-rate / first)

@@ -27,7 +27,6 @@ from dpdm.device import (
     free_memory,
     keep_freed_memory,
     pick_device,
-    total_memory,
     use_bf16,
     use_full_precision,
     use_threads,
@@ -37,6 +36,7 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError
 from dpdm.files import write_text
 from dpdm.initial import Initial, open_initial, take
+from dpdm.physical_batch import physical_batch_size
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import noise
 from dpdm.privacy.accounting import Mechanism
@@ -44,9 +44,6 @@ from dpdm.privacy.ledger import Ledger
 from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
-PIXELS_PER_PASS = 100_352  # 128 images of 28 x 28: enough to keep cores busy, about 2 GiB with the widest network
-GRADIENT_BYTES_PER_PASS = 2**29
-BYTES_PER_PASS = 4 * 2**30  # of memory, for each time that these two are allowed
 SHARE_FOR_IMAGES = 0.25  # of a device's free memory; physical batches are far from filling the rest
 
 
@@ -206,21 +203,6 @@ def set_up(config: Config) -> torch.device:
     return device
 
 
-def physical_batch_size(config: Config, memory: int) -> int:
-    """Returns how many examples go through the network at a time, from the config, public facts and the machine alone.
-
-    Args:
-        config: a wish in it is cut to what ``memory`` can hold: it may come from a larger machine.
-        memory: bytes of the device.
-    """
-    side, draws = config.data.resolution or 1, config.loss.noise_multiplicity
-    num_parameters = sum(p.numel() for p in configs.build_denoiser(config).parameters())
-    small = min(PIXELS_PER_PASS // (draws * side * side), GRADIENT_BYTES_PER_PASS // (4 * num_parameters))
-    largest = small * max(1, memory // BYTES_PER_PASS)
-    chosen = small if config.train.physical_batch_size is None else min(config.train.physical_batch_size, largest)
-    return max(1, min(chosen, -(-config.train.expected_batch_size // config.train.n_splits)))
-
-
 def images_on_device(config: Config, archive: ImageArchive, device: torch.device) -> ImagesOnDevice | None:
     """Returns the archive's images on ``device`` if the config wishes them there; see ``setup.data_on_device``.
 
@@ -319,7 +301,7 @@ def _open_books(
         configs.save(config, workdir.config)
         _write_key(workdir, key)
         ledger = Ledger.create(workdir.ledger, header)
-    size = physical_batch_size(config, total_memory(device))
+    size = physical_batch_size(config, device)
     run = Run(config, archive, plan, denoiser, device, fingerprint, size, images)
     books = Books(run, workdir, ledger, key, execution(device))
     if not workdir.checkpoint.exists():

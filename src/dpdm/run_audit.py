@@ -16,9 +16,10 @@ from dpdm import config as configs
 from dpdm.audit import GAIN, check_confidence, check_private
 from dpdm.config import Config
 from dpdm.data.sources import source_path
-from dpdm.device import pick_device, total_memory, use_full_precision, use_threads
+from dpdm.device import pick_device, use_full_precision, use_threads
 from dpdm.errors import InputError, RunError
 from dpdm.optimizer import adam_step
+from dpdm.physical_batch import physical_batch_size
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism
@@ -26,7 +27,7 @@ from dpdm.privacy.auditing import OneRunBound, one_run_bound
 from dpdm.privacy.dpsgd import PrivateGradient
 from dpdm.progress import Progress
 from dpdm.recipes import recipe
-from dpdm.run import Run, fresh_state, open_archive, physical_batch_size
+from dpdm.run import Run, fresh_state, open_archive
 from dpdm.train import StepKeys, example_losses, sampled_step, step_keys
 from dpdm.workdir import Workdir
 
@@ -157,7 +158,7 @@ def _run_with_canaries(config: Config, source: str, folder: Path, num_canaries: 
     use_full_precision()
     use_threads(config.setup.num_threads)
     denoiser = configs.build_denoiser(config).to(device).train()
-    size = physical_batch_size(config, total_memory(device))
+    size = physical_batch_size(config, device)
     return Run(config, archive, plan, denoiser, device, archive.fingerprint(), size)
 
 

@@ -69,7 +69,9 @@ def test_parameters_are_used_once_and_only_where_the_gradient_engine_has_a_rule(
     network = small_denoiser.network
     with _ParameterUses(network) as recorder:
         network(torch.randn(5, 1, 8, 8), torch.zeros(5), torch.zeros(5, dtype=torch.int64))
-    assert {function for function, _, _ in recorder.uses} == {"conv2d", "linear", "group_norm", "embedding"}
+    assert {function for function, _, _ in recorder.uses} == {
+        "conv2d", "linear", "group_norm", "group_norm_silu", "embedding"
+    }  # fmt: skip
     assert sorted(name for _, name, _ in recorder.uses) == sorted(recorder.names.values())
     assert {images for _, _, images in recorder.uses} == {5}
 

@@ -35,5 +35,5 @@ def update_ema(ema: dict[str, Tensor], parameters: Mapping[str, Tensor], decay: 
     if ema.keys() != parameters.keys():
         odd = sorted(ema.keys() ^ parameters.keys())
         raise InputError(f"Expected the averaged weights and the network to have the same names, got {odd}.")
-    for name, average in ema.items():
-        average.lerp_(parameters[name].to(average), 1.0 - decay)
+    now = [parameters[name].to(average) for name, average in ema.items()]
+    torch._foreach_lerp_(list(ema.values()), now, 1.0 - decay)

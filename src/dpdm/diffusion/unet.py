@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 from dpdm.errors import InputError
+from dpdm.functions import group_norm_silu
 
 Resample = Literal["up", "down"]
 
@@ -161,7 +162,7 @@ class UNet(nn.Module):
             if takes_skip:
                 x = torch.cat([x, skips.pop()], dim=1)
             x = stage(x, embedding)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(_activated(self.norm_out, x))
 
     def _embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         embedding = sinusoids(c_noise, self.config.width)
@@ -231,13 +232,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Args: x (N, inputs, H, W); embedding (N, E), activated. Returns (N, outputs, H', W')."""
-        h = F.silu(self.norm_1(x))
+        h = _activated(self.norm_1, x)
         if self.resample == "down":
             h, x = _halve(h), _halve(x)
         elif self.resample == "up":
-            h, x = F.interpolate(h, scale_factor=2), F.interpolate(x, scale_factor=2)
+            h, x = _double(h), _double(x)
         h = self.conv_1(h) + self.embed(embedding)[:, :, None, None]
-        h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        h = self.conv_2(self.dropout(_activated(self.norm_2, h)))
         return (self.shortcut(x) + h) / math.sqrt(2.0)
 
 
@@ -289,10 +290,25 @@ def sinusoids(c_noise: Tensor, channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def _activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Returns silu(norm(x)), of x's shape; as one operation for whoever gives it a rule."""
+    if has_torch_function((x,)):
+        return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(norm(x))
+
+
 def _halve(x: Tensor) -> Tensor:
-    """Means over squares of 2 by 2 pixels; F.avg_pool2d adds in another order, and mean takes several times as long."""
+    """Means over squares of 2 by 2 pixels; on a CPU F.avg_pool2d adds in another order, and mean takes far longer."""
+    if x.is_cuda:  # the slices' gradients would be several tensors of x's size, in another layout
+        return F.avg_pool2d(x, 2)
     x = x[..., ::2] + x[..., 1::2]
     return (x[..., ::2, :] + x[..., 1::2, :]) / 4
+
+
+def _double(x: Tensor) -> Tensor:
+    """Each pixel as a square of 2 by 2, in x's own type: torch.autocast would make it float32 on a GPU."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2)
 
 
 def _resolutions(config: NetworkConfig, resolution: int) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpdm import distributed
 from dpdm.errors import InputError
+from dpdm.privacy import gpu_layers
 from dpdm.privacy.layers import per_example
 from dpdm.privacy.poisson import physical_batches
 from dpdm.privacy.step_noise import StepNoise, add_noise
@@ -171,14 +172,16 @@ def private_gradient(
     if noise is not None:
         add_noise(sums, noise)
     distributed.broadcast_tensors(sums)
-    gradients = [(total / expected_batch_size).float() for total in sums]
-    return PrivateGradient(gradients, len(batch), _figures(clipped, clipping_norm, gradients))
+    flat = (torch.cat([total.flatten() for total in sums]) / expected_batch_size).float()
+    parts = flat.split([total.numel() for total in sums])
+    gradients = [part.view_as(total) for part, total in zip(parts, sums, strict=True)]
+    return PrivateGradient(gradients, len(batch), _figures(clipped, clipping_norm, flat))
 
 
-def _figures(clipped: "ClippedSum", clipping_norm: float, gradients: Sequence[Tensor]) -> Tensor:
-    """Returns ``PrivateGradient.figures``, of the records of all processes."""
+def _figures(clipped: "ClippedSum", clipping_norm: float, gradients: Tensor) -> Tensor:
+    """Returns ``PrivateGradient.figures``, of the records of all processes; ``gradients`` are all of them, flat."""
     losses, norms = _everybodys(clipped.losses), _everybodys(clipped.norms)
-    finite = torch.stack([g.isfinite().all() for g in gradients]).all().to(norms.device)
+    finite = gradients.isfinite().all().to(norms.device)
     shares = losses.mean(), (norms > clipping_norm).double().mean()
     return torch.stack([*shares, (~norms.isfinite()).sum().double(), finite.double()])
 
@@ -272,10 +275,10 @@ def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float, sums
     if norms.is_cuda or not bool(usable.all()):  # on a GPU to ask would be to wait
         scale = torch.where(usable, scale, 0.0)
         for _, g in rows:  # 0 * inf would be NaN
-            g.masked_fill_(~usable[:, None], 0.0)
+            if not gpu_layers.fits(g):
+                g.masked_fill_(~usable[:, None], 0.0)
     for total, g in rows:
-        for part, piece in zip(total.split(_columns(g)), g.split(_columns(g), dim=1), strict=True):
-            part += scale @ piece.double()
+        _add_weighted(total, g, scale)
     for i, part in zip(small, beside.split(sizes), strict=True):
         sums[i].add_(part.view_as(sums[i]))
     return norms
@@ -283,8 +286,23 @@ def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float, sums
 
 def _squared_norms(rows: Tensor) -> Tensor:
     """Returns the squared L2 norm of each row of (b, p), (b,) float64; all arithmetic is in float64."""
+    if len(rows) and gpu_layers.fits(rows):
+        from dpdm.privacy import kernels
+
+        return kernels.squared_norms(rows.contiguous())
     pieces = rows.split(_columns(rows), dim=1)
     return torch.stack([torch.linalg.vector_norm(piece.double(), dim=1).square() for piece in pieces]).sum(0)
+
+
+def _add_weighted(total: Tensor, rows: Tensor, scale: Tensor) -> None:
+    """Adds scale (b,) @ rows (b, p) to ``total`` (p,), all in float64."""
+    if len(rows) and gpu_layers.fits(rows):
+        from dpdm.privacy import kernels
+
+        total += kernels.weighted_sum(rows.contiguous(), scale)
+        return
+    for part, piece in zip(total.split(_columns(rows)), rows.split(_columns(rows), dim=1), strict=True):
+        part += scale @ piece.double()
 
 
 def _columns(rows: Tensor) -> int:

@@ -19,7 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from dpdm.functions import group_norm_silu
+from dpdm.privacy import gpu_layers
+
 POINTWISE = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation with which a kernel of one pixel is a product
+LARGEST_GRID = 2**16 - 1  # groups of all images together that torch's backward pass of group norm takes on a GPU
 FEW_CHANNELS = 4  # an image's own: products of patches then beat grouped convolutions
 
 
@@ -125,7 +129,10 @@ def _conv2d(
     pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in (stride, padding, dilation)]
     if groups != 1:
         raise ValueError(f"Expected conv2d with groups=1, got {groups}: no per-example rule is written for it.")
-    return _Conv2d.apply(collector.anchor, _autocast(input), (weight, bias), tuple(pairs), collector)  # type: ignore
+    x, geometry = _autocast(input), tuple(pairs)
+    if gpu_layers.fits_conv2d(x, weight, geometry):
+        return gpu_layers.Conv2d.apply(collector.anchor, x, (weight, bias), collector)  # type: ignore
+    return _Conv2d.apply(collector.anchor, x, (weight, bias), geometry, collector)  # type: ignore
 
 
 def _linear(collector: PerExampleGradients, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -142,7 +149,21 @@ def _group_norm(
 ) -> Tensor:
     if weight is None or bias is None:
         raise ValueError("Expected group_norm with both weight and bias, or with neither.")
+    if gpu_layers.fits(input) and input.dim() == 4:
+        return gpu_layers.GroupNorm.apply(  # type: ignore
+            collector.anchor, input, num_groups, (weight, bias), eps, False, collector
+        )
     return _GroupNorm.apply(collector.anchor, input, num_groups, (weight, bias), eps, collector)  # type: ignore
+
+
+def _group_norm_silu(
+    collector: PerExampleGradients, input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    if gpu_layers.fits(input) and input.dim() == 4:
+        return gpu_layers.GroupNorm.apply(  # type: ignore
+            collector.anchor, input, num_groups, (weight, bias), eps, True, collector
+        )
+    return F.silu(_group_norm(collector, input, num_groups, weight, bias, eps))
 
 
 def _embedding(
@@ -308,25 +329,40 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, cast, mean, rstd = ctx.saved_tensors
         weight, bias = ctx.parameters
-        images, channels, positions = len(x), x.shape[1], x[0, 0].numel()
-        # All images as one image of images * channels channels: the native kernel then returns the scale's and shift's
-        # gradients per image and channel instead of summed over the images.
-        grad_x, grad_scale, grad_shift = torch.ops.aten.native_group_norm_backward(
-            grad.contiguous().view(1, images * channels, positions),
-            x.view(1, images * channels, positions),
-            mean.view(1, -1),
-            rstd.view(1, -1),
-            cast.repeat(images),
-            1,
-            images * channels,
-            positions,
-            images * ctx.num_groups,
-            (True, True, True),
+        images, channels = x.shape[:2]
+        most = max(1, LARGEST_GRID // ctx.num_groups if x.is_cuda else images)
+        rows = [slice(start, start + most) for start in range(0, max(1, images), most)]
+        grad = grad.contiguous()
+        found = [_norm_gradients(grad[r], x[r], mean[r], rstd[r], cast, ctx.num_groups) for r in rows]
+        grad_x, grad_scale, grad_shift = (
+            torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*found, strict=True)
         )
         shape = (ctx.collector.num_draws(images), ctx.collector.num_examples, channels)
         ctx.collector.add(weight, grad_scale.view(shape).sum(0))
         ctx.collector.add(bias, grad_shift.view(shape).sum(0))
-        return None, grad_x.view(x.shape), None, None, None, None
+        return None, grad_x, None, None, None, None
+
+
+def _norm_gradients(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns group norm's gradients: for x (n, C, ...), and for weight and bias by image, (n, C)."""
+    images, channels, positions = len(x), x.shape[1], x[0, 0].numel()
+    # All images as one image of images * channels channels: the native kernel then returns the scale's and shift's
+    # gradients per image and channel instead of summed over the images.
+    grad_x, grad_scale, grad_shift = torch.ops.aten.native_group_norm_backward(
+        grad.view(1, images * channels, positions),
+        x.view(1, images * channels, positions),
+        mean.reshape(1, -1),
+        rstd.reshape(1, -1),
+        weight.repeat(images),
+        1,
+        images * channels,
+        positions,
+        images * num_groups,
+        (True, True, True),
+    )
+    return grad_x.view(x.shape), grad_scale.view(images, channels), grad_shift.view(images, channels)
 
 
 class _Embedding(torch.autograd.Function):
@@ -354,6 +390,7 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.group_norm: _group_norm,
+    group_norm_silu: _group_norm_silu,
     F.embedding: _embedding,
 }
 COUPLING = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm}  # statistics over the batch

@@ -1,0 +1,180 @@
+"""The rules for a GPU against those of ``layers`` in float64: on a GPU, or interpreted on a CPU where Triton is."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpdm.device import use_full_precision
+from dpdm.functions import group_norm_silu
+from dpdm.privacy import gpu_layers
+from dpdm.privacy.dpsgd import TAU, clip_and_sum
+from dpdm.privacy.layers import per_example
+
+with pytest.MonkeyPatch.context() as patch:
+    if not torch.cuda.is_available():
+        patch.setenv("TRITON_INTERPRET", "1")  # is read when kernels are defined
+    kernels = pytest.importorskip("dpdm.privacy.kernels", exc_type=ImportError)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    use_full_precision()
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu_layers._triton_works.cache_clear()
+    assert gpu_layers.fits(torch.zeros(1, device=name))  # else the other rules would be tested
+    yield name
+    gpu_layers._triton_works.cache_clear()
+
+
+class Net(nn.Module):
+    """Each layer that has a rule of its own for a GPU, in several sizes, and one that has none (stride 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm_1 = nn.GroupNorm(2, 8)
+        self.wide = nn.Conv2d(8, 36, 3, padding=1, bias=False)
+        self.norm_2 = nn.GroupNorm(9, 36)
+        self.narrow = nn.Conv2d(36, 20, 1)
+        self.halve = nn.Conv2d(20, 4, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = group_norm_silu(h, 2, self.norm_1.weight, self.norm_1.bias, self.norm_1.eps)
+        h = self.norm_2(self.wide(h))
+        return self.last(self.halve(self.narrow(h)))
+
+
+def gradients(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """Returns each example's gradients of (K, B, C, H, W) images."""
+    with per_example(dict(network.named_parameters()), x.shape[1]) as collector:
+        losses = network(x.flatten(0, 1)).unflatten(0, x.shape[:2]).square().mean(dim=(2, 3, 4)).mean(0)
+    return collector.of(losses.sum())
+
+
+def network_and_images(draws: int, num_examples: int, side: int) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    network = Net()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return network, torch.randn(draws, num_examples, 1, side, side) + 0.3
+
+
+@pytest.mark.parametrize(("draws", "num_examples", "side"), [(1, 3, 6), (3, 2, 10), (2, 1, 4)])
+def test_float32_against_the_other_rules_in_float64(device: str, draws: int, num_examples: int, side: int) -> None:
+    network, x = network_and_images(draws, num_examples, side)
+    expected = gradients(network.double(), x.double())  # float64 has no rules of its own
+    found = gradients(network.float().to(device), x.to(device))
+    for (name, _), one, other in zip(network.named_parameters(), found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert one.shape == other.shape
+        assert (one.cpu().double() - other).norm() < 1e-5 * other.norm(), name
+
+
+def test_the_rules_are_used(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("conv_weight_gradients", "group_norm", "group_norm_backward"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, real=real, **k: (seen.append(name), real(*a, **k))[1])
+    network, x = network_and_images(1, 2, 4)
+    gradients(network.to(device), x.to(device))
+    assert {name: seen.count(name) for name in seen} == {
+        "conv_weight_gradients": 4, "group_norm": 2, "group_norm_backward": 2
+    }  # fmt: skip
+    assert not gpu_layers.fits(x.double())
+
+
+def test_one_example_does_not_move_another(device: str) -> None:
+    network, x = network_and_images(2, 3, 6)
+    before = gradients(network.to(device), x.to(device))
+    x[:, 1] += 10.0
+    after = gradients(network, x.to(device))
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[[0, 2]], new[[0, 2]])
+    assert any(not torch.equal(old[1], new[1]) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_many_draws_are_shared_out_among_programs(device: str, kernel: int) -> None:
+    """Several programs then each sum a part of an example's pixels."""
+    draws, num_examples, side = 9, 2, 8
+    x = torch.randn(draws * num_examples, side * side, 16, device=device)
+    grad = torch.randn(draws * num_examples, side * side, 24, device=device)
+    found = kernels.conv_weight_gradients(x, grad, (side, side), num_examples, kernel)
+    images, wanted = (t.double().cpu().transpose(1, 2).unflatten(2, (side, side)) for t in (x, grad))
+    for b in range(num_examples):
+        weight = torch.zeros(24, 16, kernel, kernel, dtype=torch.float64, requires_grad=True)
+        out = F.conv2d(images[b::num_examples], weight, padding=kernel // 2)
+        (expected,) = torch.autograd.grad(out, weight, wanted[b::num_examples])
+        assert (found[b].cpu().double() - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 5000), (40, 1030), (17, 9000)])
+def test_clipping_against_float64(device: str, rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(rows, columns), torch.randn(rows, 2, 3)]
+    grads[0][0] *= 1e-3  # the first example is not clipped
+    expected = [torch.zeros(g.shape[1:], dtype=torch.float64) for g in grads]
+    doubles = [g.double() for g in grads]
+    norms = torch.cat([g.flatten(1) for g in doubles], 1).norm(dim=1)
+    for total, g in zip(expected, doubles, strict=True):
+        total += torch.einsum("b,b...->...", (7.0 / (1 + TAU) / norms).clamp(max=1.0), g)
+    sums = [torch.zeros_like(total, device=device) for total in expected]
+    found = clip_and_sum([g.to(device) for g in grads], 7.0, sums)
+    assert torch.allclose(found.cpu(), norms, rtol=1e-14)
+    for total, other in zip(sums, expected, strict=True):
+        assert torch.allclose(total.cpu(), other, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_an_example_that_is_not_finite_adds_nothing(device: str, odd: float) -> None:
+    grads = [torch.ones(3, 5000), torch.ones(3, 4)]
+    grads[0][1, 17] = odd
+    sums = [torch.zeros(g.shape[1], dtype=torch.float64, device=device) for g in grads]
+    norms = clip_and_sum([g.to(device) for g in grads], 1e6, sums)
+    assert not norms[1].isfinite()
+    assert all(bool((total == 2).all()) for total in sums)
+
+
+def test_where_triton_does_not_work_the_other_rules_are_used(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(rows: Tensor) -> Tensor:
+        raise RuntimeError("no C compiler")
+
+    network, x = network_and_images(1, 2, 4)
+    expected = gradients(network.to(device), x.to(device))
+    monkeypatch.setattr(kernels, "squared_norms", fails)
+    gpu_layers._triton_works.cache_clear()
+    found = gradients(network, x.to(device))
+    assert "no C compiler" in capsys.readouterr().err
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_without_triton_more_groups_than_a_grid_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = nn.GroupNorm(32, 32).cuda()
+    x = torch.randn(1, 2100, 32, 2, 2, device="cuda")  # 67,200 groups
+    expected = gradients(norm, x)
+    monkeypatch.setattr(gpu_layers, "fits", lambda x: False)
+    for one, other in zip(gradients(norm, x), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_bf16_is_near_float32() -> None:
+    network, x = network_and_images(4, 8, 12)
+    network, x = network.cuda(), x.cuda()
+    expected = gradients(network, x)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = gradients(network, x)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.float() - other).norm() < 0.03 * other.norm()
