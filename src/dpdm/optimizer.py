@@ -1,5 +1,8 @@
 """Adam on private gradients, whose noise has a known variance; see Kingma and Ba 2014 (arXiv 1412.6980)."""
 
+# torch._foreach_* is what torch.optim itself is made of.
+# pyright: reportPrivateImportUsage=false
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,7 +95,7 @@ def adam_step(
     rate = learning_rate(config, step, num_iterations)
     first, second = 1 - BETA_1 ** (step + 1), 1 - BETA_2 ** (step + 1)
     variance = noise_deviation**2
-    # By torch._foreach_*, as torch.optim does it: a GPU's host then gives few orders in place of thousands.
+    # A GPU's host gives few orders in place of thousands.
     names, own, found = list(parameters), list(parameters.values()), list(gradients)
     if len(found) != len(names):
         raise ValueError(f"Expected a gradient for each of {len(names)} parameters, got {len(found)}.")

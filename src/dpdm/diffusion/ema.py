@@ -1,5 +1,8 @@
 """The exponential moving average of the weights, which is what is released."""
 
+# torch._foreach_* is what torch.optim itself is made of.
+# pyright: reportPrivateImportUsage=false
+
 from collections.abc import Mapping
 
 import torch

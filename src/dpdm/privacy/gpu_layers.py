@@ -113,11 +113,11 @@ class GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         from dpdm.privacy import kernels
 
-        x, *kept = ctx.saved_tensors
+        x, affine, mean, rstd = ctx.saved_tensors
         weight, bias = ctx.parameters
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x, of_weight, of_bias = kernels.group_norm_backward(
-            _pixels_first(grad), _pixels_first(x), *kept, weight, silu=ctx.silu
+            _pixels_first(grad), _pixels_first(x), affine, mean, rstd, weight, silu=ctx.silu
         )
         by_draw = (ctx.collector.num_draws(len(x)), ctx.collector.num_examples, -1)
         ctx.collector.add(weight, of_weight.view(by_draw).sum(0))

@@ -10,9 +10,12 @@ n, alone: a program reads no others and writes nowhere else.
 Triton comes with torch for CUDA on Linux. With TRITON_INTERPRET=1 the kernels run on a CPU, for tests.
 """
 
+# Triton, which is not everywhere, compiles its own dialect: loops over tensors, plain numbers for constants.
+# pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 1024  # enough of them to fill any GPU

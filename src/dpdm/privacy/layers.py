@@ -127,9 +127,10 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     pairs = [(value, value) if isinstance(value, int) else tuple(value) for value in (stride, padding, dilation)]
+    geometry = (pairs[0], pairs[1], pairs[2])
     if groups != 1:
         raise ValueError(f"Expected conv2d with groups=1, got {groups}: no per-example rule is written for it.")
-    x, geometry = _autocast(input), tuple(pairs)
+    x = _autocast(input)
     if gpu_layers.fits_conv2d(x, weight, geometry):
         return gpu_layers.Conv2d.apply(collector.anchor, x, (weight, bias), collector)  # type: ignore
     return _Conv2d.apply(collector.anchor, x, (weight, bias), geometry, collector)  # type: ignore
@@ -335,7 +336,7 @@ class _GroupNorm(torch.autograd.Function):
         grad = grad.contiguous()
         found = [_norm_gradients(grad[r], x[r], mean[r], rstd[r], cast, ctx.num_groups) for r in rows]
         grad_x, grad_scale, grad_shift = (
-            torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*found, strict=True)
+            torch.cat([piece[i] for piece in found]) if len(found) > 1 else found[0][i] for i in range(3)
         )
         shape = (ctx.collector.num_draws(images), ctx.collector.num_examples, channels)
         ctx.collector.add(weight, grad_scale.view(shape).sum(0))
