@@ -79,8 +79,10 @@ def use_threads(wanted: int | None) -> None:
 
 
 def use_full_precision() -> None:
-    """Turns TF32 off: it rounds to 10 bits, far more coarsely than the bound on the sensitivity allows for."""
+    """Turns TF32 off, which rounds to 10 bits where float32 is asked for, and sums in less than float32."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cudnn.allow_tf32 = False
 
 

@@ -44,7 +44,7 @@ from dpdm.privacy.ledger import Ledger
 from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
-SHARE_FOR_IMAGES = 0.25  # of a device's free memory; physical batches are far from filling the rest
+SHARE_FOR_IMAGES = 0.25  # of a device's free memory; physical batches leave as much of it
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """The rules for a GPU against those of ``layers`` in float64: on a GPU, or interpreted on a CPU where Triton is."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,15 +18,14 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
     use_full_precision()
     if not torch.cuda.is_available():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton asks for it in each launch, too
+        monkeypatch.setattr(gpu_layers, "INTERPRETED", True)
     name = "cuda" if torch.cuda.is_available() else "cpu"
-    gpu_layers._triton_works.cache_clear()
     assert gpu_layers.fits(torch.zeros(1, device=name))  # else the other rules would be tested
-    yield name
-    gpu_layers._triton_works.cache_clear()
+    return name
 
 
 class Net(nn.Module):
@@ -102,8 +99,9 @@ def test_one_example_does_not_move_another(device: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_many_draws_are_shared_out_among_programs(device: str, kernel: int) -> None:
+def test_many_draws_are_shared_out_among_programs(device: str, monkeypatch: pytest.MonkeyPatch, kernel: int) -> None:
     """Several programs then each sum a part of an example's pixels."""
+    monkeypatch.setattr(kernels, "POSITIONS", 128)
     draws, num_examples, side = 9, 2, 8
     x = torch.randn(draws * num_examples, side * side, 16, device=device)
     grad = torch.randn(draws * num_examples, side * side, 24, device=device)
@@ -143,6 +141,35 @@ def test_an_example_that_is_not_finite_adds_nothing(device: str, odd: float) -> 
     assert all(bool((total == 2).all()) for total in sums)
 
 
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 3, 5), (3, 4, 7), (3, 1, 1)])
+def test_shapes_that_our_networks_do_not_have(device: str, channels: int, height: int, width: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.GroupNorm(3, 6), nn.Conv2d(6, channels, 1))
+    x = torch.randn(2, 2, channels, height, width)
+    expected = gradients(network.double(), x.double())
+    for one, other in zip(gradients(network.float().to(device), x.to(device)), expected, strict=True):
+        assert (one.cpu().double() - other).norm() < 1e-5 * other.norm() + 1e-9
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (100.0, 1.0), (-1000.0, 1.0), (30.0, 0.01)])
+def test_group_norm_far_from_zero(device: str, mean: float, deviation: float) -> None:
+    torch.manual_seed(0)
+    x = mean + deviation * torch.randn(2, 64, 8)
+    ones, zeros = torch.ones(8, device=device), torch.zeros(8, device=device)
+    found, *_ = kernels.group_norm(x.to(device), 2, ones, zeros, 1e-6, silu=False)
+    expected = F.group_norm(x.double().transpose(1, 2), 2, eps=1e-6).transpose(1, 2)
+    assert (found.cpu().double() - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_an_examples_weight_gradient_does_not_depend_on_how_many_there_are(device: str) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(3, 5, 36, 16, device=device), torch.randn(3, 5, 36, 16, device=device)
+    few, many = (
+        kernels.conv_weight_gradients(x[:, :n].flatten(0, 1), grad[:, :n].flatten(0, 1), (6, 6), n, 3) for n in (2, 5)
+    )
+    assert torch.equal(few, many[:2])
+
+
 def test_where_triton_does_not_work_the_other_rules_are_used(
     device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +181,7 @@ def test_where_triton_does_not_work_the_other_rules_are_used(
     monkeypatch.setattr(kernels, "squared_norms", fails)
     gpu_layers._triton_works.cache_clear()
     found = gradients(network, x.to(device))
+    gpu_layers._triton_works.cache_clear()
     assert "no C compiler" in capsys.readouterr().err
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)

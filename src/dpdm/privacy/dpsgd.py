@@ -226,6 +226,7 @@ def clipped_sum(
         piece_losses, grads = per_example_gradients(parameters, loss, piece)
         losses.append(piece_losses.double())
         norms.append(clip_and_sum(grads, clipping_norm, sums))
+        del grads  # of a GPU's memory they may take much, which the next pass needs
     return ClippedSum(sums, torch.cat(losses), torch.cat(norms))
 
 
@@ -262,7 +263,7 @@ def clip_and_sum(per_example_grads: Sequence[Tensor], clipping_norm: float, sums
     """
     if not SMALLEST_CLIPPING_NORM <= clipping_norm < math.inf:
         raise ValueError(f"Expected {SMALLEST_CLIPPING_NORM} <= clipping_norm < inf, got {clipping_norm}.")
-    flat = [g.reshape(len(g), -1) for g in per_example_grads]
+    flat = [g.reshape(len(g), math.prod(g.shape[1:])) for g in per_example_grads]
     small = [i for i, g in enumerate(flat) if g.shape[1] <= SMALL]
     rows = [(sums[i].view(-1), g) for i, g in enumerate(flat) if g.shape[1] > SMALL]
     sizes = [flat[i].shape[1] for i in small]

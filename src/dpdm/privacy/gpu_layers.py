@@ -4,7 +4,6 @@ Why not torch's own operations: cuDNN converts between layouts in each convoluti
 have no fast way. Here all that a rule hands on is in torch.channels_last, which the operations between keep.
 """
 
-import os
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -15,25 +14,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = False  # tests set it, to run the kernels on a CPU; a run's steps must not depend on the environment
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the rules here are for ``x``: on a GPU where Triton works, and not in float64."""
+    return (x.is_cuda or INTERPRETED) and x.dtype in TYPES and _triton_works(x.device, x.dtype)
 
 
 @cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether Triton is there and can compile, for which it needs a C compiler, too."""
+def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is there and its largest kernels compile, for which it needs a C compiler, too, and run."""
     if find_spec("triton") is None:
         return False
     try:
         from dpdm.privacy import kernels
 
-        return bool(kernels.squared_norms(torch.full((1, 1), 2.0, device=device)) == 4)
+        x = torch.ones(2, 16, 64, device=device, dtype=dtype)
+        ones = torch.ones(64, device=device)
+        normed, *kept = kernels.group_norm(x, 16, ones, ones, 1e-6, silu=False)
+        back, *_ = kernels.group_norm_backward(normed, x, *kept, ones, silu=False)
+        rows = kernels.conv_weight_gradients(x + back, normed, (4, 4), 2, 3).flatten(1)  # of images that are 1
+        norms = kernels.squared_norms(rows)
+        # Each weight sees 9, 12 or 16 of the 16 pixels.
+        return bool((norms == 64 * 64 * (4 * 81 + 4 * 144 + 256)).all()) and bool(
+            (kernels.weighted_sum(rows, norms) == norms[0] * rows.double().sum(0)).all()
+        )
     except Exception as error:  # of any kind: the other rules do as well, in more time
         print(f"dpdm: Triton does not work here, so that steps take longer: {str(error)[:200]}", file=sys.stderr)
         return False
-
-
-def fits(x: Tensor) -> bool:
-    """Whether the rules here are for ``x``: on a GPU, with Triton, and not in float64."""
-    return (x.is_cuda or "TRITON_INTERPRET" in os.environ) and x.dtype in TYPES and _triton_works(x.device)
 
 
 def fits_conv2d(x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any]) -> bool:

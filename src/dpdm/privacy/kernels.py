@@ -5,9 +5,10 @@ N = K B images are draw-major (see ``layers``). The network's sums are in float3
 clipping, on which the bound of the sensitivity rests, in float64.
 
 Guarantee: row b of a result that is per example, and row n of one that is per image, is a function of the images b, or
-n, alone: a program reads no others and writes nowhere else.
+n, alone: a program reads no others and writes nowhere else, and how it is cut into programs depends on K and the
+images' shape, not on how many examples there are.
 
-Triton comes with torch for CUDA on Linux. With TRITON_INTERPRET=1 the kernels run on a CPU, for tests.
+Triton comes with torch for CUDA on Linux. Defined under TRITON_INTERPRET=1 the kernels run on a CPU, for tests.
 """
 
 # Triton, which is not everywhere, compiles its own dialect: loops over tensors, plain numbers for constants.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 PROGRAMS = 1024  # enough of them to fill any GPU
 BLOCK_PIXELS = 64
+POSITIONS = 4096  # of the pixels of all of an example's draws, that one program takes
 BLOCK_COLUMNS = 1024
 BLOCK_CHANNELS = 64
 
@@ -78,19 +80,22 @@ def _weight_gradients(
 
 @triton.jit
 def _sums(x, out, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sum and sum of squares of each channel of one image: (2, C)."""
+    """Sum and sum of squares of each channel of one image, less its first pixel, and that pixel: (3, C)."""
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.load(x + n * P * C + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         ok = (p < P)[:, None] & (c < C)[None, :]
         value = tl.load(x + n * P * C + p[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        value = tl.where(ok, value - first[None, :], 0.0)
         total += value
         squares += value * value
-    tl.store(out + n * 2 * C + c, tl.sum(total, 0), mask=c < C)
-    tl.store(out + n * 2 * C + C + c, tl.sum(squares, 0), mask=c < C)
+    tl.store(out + n * 3 * C + c, tl.sum(total, 0), mask=c < C)
+    tl.store(out + n * 3 * C + C + c, tl.sum(squares, 0), mask=c < C)
+    tl.store(out + n * 3 * C + 2 * C + c, first, mask=c < C)
 
 
 @triton.jit
@@ -231,14 +236,12 @@ def conv_weight_gradients(x: Tensor, grad: Tensor, side: tuple[int, int], num_ex
     block_in, block_out = (min(most, max(16, triton.next_power_of_2(channels))) for channels in (inputs, outputs))
     blocks = kernel * triton.cdiv(inputs, block_in) * triton.cdiv(outputs, block_out)
     positions = len(x) // num_examples * x.shape[1]
-    # Where examples are few, several programs share out the pixels of one.
-    wanted = max(1, PROGRAMS // (blocks * num_examples))
-    share = max(4, triton.cdiv(triton.cdiv(positions, BLOCK_PIXELS), wanted)) * BLOCK_PIXELS
-    parts = triton.cdiv(positions, share)
+    parts = triton.cdiv(positions, POSITIONS)
     shape = (parts, num_examples, kernel, kernel, outputs, inputs)
     out = x.new_empty(shape, dtype=x.dtype if parts == 1 else torch.float32)
+    sizes = (num_examples, POSITIONS, positions, inputs, outputs)
     _weight_gradients[(num_examples, blocks, parts)](
-        x, grad, out, num_examples, share, positions, inputs, outputs, *side, kernel, block_in, block_out, BLOCK_PIXELS
+        x, grad, out, *sizes, *side, kernel, block_in, block_out, BLOCK_PIXELS
     )
     found = out[0] if parts == 1 else out.sum(0).to(x.dtype)
     return found.permute(0, 3, 4, 1, 2).contiguous()
@@ -263,10 +266,14 @@ def group_norm(
     """
     images, pixels, channels = x.shape
     block_p, block_c = _blocks(pixels, channels)
-    sums = x.new_empty((images, 2, channels), dtype=torch.float32)
+    sums = x.new_empty((images, 3, channels), dtype=torch.float32)
     _sums[(images, triton.cdiv(channels, block_c))](x, sums, pixels, channels, block_p, block_c)
-    mean, square = (sums.view(images, 2, num_groups, -1).sum(3) / (pixels * channels // num_groups)).unbind(1)
-    rstd = (square - mean * mean).clamp_(min=0).add_(eps).rsqrt_()
+    # Less each channel's first pixel, so that squares do not cancel where the mean is far from 0.
+    total, squares, first = sums.view(images, 3, num_groups, -1).unbind(1)
+    means = first + total / pixels  # of channels
+    mean = means.mean(2)
+    within = (squares - total * total / pixels).mean(2) / pixels
+    rstd = (within + (means - mean[:, :, None]).square().mean(2)).clamp_(min=0).add_(eps).rsqrt_()
     scale = rstd[:, :, None] * weight.view(num_groups, -1)
     shift = bias.view(num_groups, -1) - mean[:, :, None] * scale
     affine = torch.stack([scale, shift], 1).view(images, 2, channels)
