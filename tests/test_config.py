@@ -3,10 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dpdm import config as configs
 from dpdm.config import Config
+from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError
 from dpdm.plan import make_plan
 
@@ -177,3 +179,12 @@ def test_iterations_override_epochs_in_the_plan() -> None:
     keys = ["dp.noise_multiplier=2", "train.expected_batch_size=100", "train.num_epochs=3"]
     assert make_plan(configs.load([], keys), 1000).num_iterations == 30
     assert make_plan(configs.load([], [*keys, "train.num_iterations=7"]), 1000).num_iterations == 7
+
+
+def test_names_of_classes_that_no_config_holds_are_refused(tmp_path: Path) -> None:
+    """They would be bought for, and the config could not be read again."""
+    with ArchiveWriter(tmp_path / "many.zip", [f"{number:030d}" for number in range(9000)]) as writer:
+        writer.add(np.zeros((1, 8, 8), np.uint8), 0)
+    with pytest.raises(InputError, match=r"names of all classes in .*many\.zip to take at most 262144 bytes"):
+        configs.resolve(configs.load([]), ImageArchive(tmp_path / "many.zip"))
+    configs.resolve(configs.load([], ["data.num_classes=0"]), ImageArchive(tmp_path / "many.zip"))

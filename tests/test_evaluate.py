@@ -60,6 +60,16 @@ def test_good_images_score_well_and_swapped_labels_do_not(
     assert evaluate(workdir, swapped, real, held_out)["accuracy"]["swapped"]["value"] == 0.0
 
 
+def test_classes_in_another_order_are_refused(real: ImageArchive, tmp_path: Path) -> None:
+    images = stripes(60, seed=1)
+    assert images.labels is not None
+    with ArchiveWriter(tmp_path / "other.zip", ["b", "c"]) as writer:
+        for image, label in zip(images.images, images.labels, strict=True):
+            writer.add(image, int(label))
+    with pytest.raises(InputError, match=r"the model's classes a, b in .*other\.zip, got b, c"):
+        evaluate(Workdir(tmp_path / "w"), stripes(20, seed=2), real, ImageArchive(tmp_path / "other.zip"))
+
+
 def test_distance_and_variety_order_images_as_an_eye_would(real: ImageArchive, tmp_path: Path) -> None:
     workdir = Workdir(tmp_path / "w")
 

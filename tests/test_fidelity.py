@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -102,6 +103,19 @@ def test_images_do_not_stay_when_it_fails(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="TorchScript"):
         make_statistics(Source(str(source)), tmp_path / "out" / "stats.npz", str(tmp_path / "absent.pt"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_images_do_not_stay_when_a_scheduler_ends_it(
+    source: Path, extractor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("dpdm.fidelity.pooled_features", ended)
+    with pytest.raises(KeyboardInterrupt):
+        make_statistics(Source(str(source)), tmp_path / "out" / "stats.npz", extractor)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -425,3 +425,12 @@ def test_a_process_that_fails_ends_the_command(how: str, release: Path, tmp_path
         assert len(said) <= 1  # rank 0 may be ended by torchrun before it notices
         assert "SIGKILL" in done.stderr
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("side", [406, 407, 408, 512, 1024])
+def test_the_picture_of_large_images_is_one_that_verify_takes(side: int) -> None:
+    images = np.zeros((100, 1, side, side), np.uint8)
+    images[:, :, : side // 2] = 200
+    picture = grid(images, None)
+    assert max(picture.size) <= 4096
+    assert 40 < np.asarray(picture).mean() < 160  # both halves of each

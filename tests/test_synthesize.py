@@ -117,6 +117,17 @@ def test_nothing_private_is_in_what_is_shared(demo: Path) -> None:
     assert not (demo / "private" / "holdout_key").exists()
 
 
+def test_what_is_shared_does_not_depend_on_the_real_images(demo: Path, tmp_path: Path) -> None:
+    """Measured against real images without classes, the page to be shared is still the one that verify expects."""
+    run, flat = tmp_path / "run", tmp_path / "flat"
+    shutil.copytree(demo, run)
+    write_images(flat, ("",), 20)
+    assert run_command(["prepare", str(flat), str(tmp_path / "flat.zip")]) == 0
+    before = (run / "shareable.html").read_bytes()
+    assert run_command(["evaluate", "--workdir", str(run), "--real", str(tmp_path / "flat.zip")]) in (0, 2)
+    assert (run / "shareable.html").read_bytes() == before
+
+
 def test_demo_replaces_its_own_finished_run_but_nothing_else(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +216,9 @@ def test_it_goes_on_where_it_was_stopped_and_takes_the_single_steps(
         ({"source": "nowhere"}, "nowhere"),
         ({"overrides": ("dp.epsilon=100",)}, "give --epsilon"),
         ({"overrides": ("dp.seed=1",)}, "dp.seed"),
+        ({"overrides": ("dp={epsilon: 50}",)}, "give --epsilon"),
+        ({"overrides": ("sampler={num_images: 4}",)}, "--num-images"),
+        ({"overrides": ("test.n_samples=7",)}, "--num-images"),
         ({"overrides": ("trian.num_epochs=1",)}, "trian.num_epochs"),
         ({"overrides": ("train.expected_batch_size=5000",)}, "train.expected_batch_size"),
         ({"overrides": ("setup.device=nonsense",)}, "setup.device"),

@@ -553,7 +553,7 @@ def test_a_copy_is_found_and_its_release_refused(
     drawn[7] = images[33]
     (run / "synthetic.zip").unlink()
     write_archive(run / "synthetic.zip", drawn, np.zeros(10, np.int64))
-    report = against(release, archive)
+    report = against(release, archive)[run / "synthetic.zip"]
     assert report.pairs == ((7, 33, 0.0),)
     assert run_command(["verify", str(release), "--against", str(archive)]) == 1
     err = capfd.readouterr().err
@@ -567,4 +567,27 @@ def test_images_for_the_comparison_can_be_elsewhere_and_must_be_somewhere(
     (run / "synthetic.zip").rename(run / "other.zip")
     with pytest.raises(InputError, match="found none: give them by --images"):
         against(release, training[0])
-    assert against(release, training[0], run / "other.zip").synthetic.total == 12
+    assert against(release, training[0], run / "other.zip")[run / "other.zip"].synthetic.total == 12
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_copies_are_looked_for_wherever_images_lie(
+    run: Path, release: Path, training: tuple[Path, np.ndarray], capfd: Capture, form: str
+) -> None:
+    archive, images = training
+    samples = run / "samples"
+    shutil.rmtree(samples, ignore_errors=True)
+    samples.mkdir()
+    drawn = np.concatenate([np.random.default_rng(7).integers(0, 256, (3, 1, 8, 8), np.uint8), images[5:6]])
+    if form == "zip":
+        write_archive(samples / "images.zip", drawn, np.zeros(4, np.int64))
+    else:
+        for index, image in enumerate(drawn):
+            Image.fromarray(image[0]).save(samples / f"{index:06d}.png")
+    found = against(release, archive)
+    assert [(place.name, report.copies) for place, report in found.items()] == [
+        ("synthetic.zip", 0),
+        ("images.zip" if form == "zip" else "samples", 1),
+    ]
+    assert run_command(["verify", str(release), "--against", str(archive)]) == 1
+    assert "1 of the synthetic images are copies" in capfd.readouterr().err

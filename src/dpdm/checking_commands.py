@@ -254,9 +254,9 @@ def verify(
         complain(f"{release}: {problem}")
     if not found.problems:
         print(checks.page(found))
-    copies = None if against is None else checks.against(release, against, images)
-    if copies is not None:
-        print("\n".join(describe(copies)), file=sys.stderr)
+    reports = {} if against is None else checks.against(release, against, images)
+    for place, report in reports.items():
+        print("\n".join([f"{place}:", *describe(report)]), file=sys.stderr)
     if found.problems:
         guaranteed = found.statement["mechanisms"]
         agrees = not (guaranteed or found.is_public)
@@ -266,5 +266,5 @@ def verify(
         raise RunError(f"{release} is a public model: there is no guarantee; add --public if you expect that.")
     if public and not found.is_public:
         raise RunError(f"{release} is a private release and no public model: leave out --public.")
-    if copies is not None and copies.copies:
-        raise RunError(f"{copies.copies} of the synthetic images are copies of training images: do not share them.")
+    if copies := sum(report.copies for report in reports.values()):
+        raise RunError(f"{copies} of the synthetic images are copies of training images: do not share them.")

@@ -43,6 +43,7 @@ from dpdm.progress import speaks
 
 BYTES_PER_WEIGHT = 4
 MAX_AVERAGES = 8
+MAX_NAMES = 2**18  # bytes of the names of all classes; a config is read up to twice as many
 AUTO = "auto"
 
 
@@ -346,6 +347,11 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
         )
     names = tuple(archive.class_names or ()) if num_classes else ()
     check_plain(list(names), str(archive.path), "class_names")
+    if (length := len(json.dumps(names))) > MAX_NAMES:  # or the config that holds them could not be read again
+        raise InputError(
+            f"Expected the names of all classes in {archive.path} to take at most {MAX_NAMES} bytes, got {length} of "
+            f"{len(names)} names: shorten the folders' names, or set data.num_classes=0."
+        )
     data = replace(data, **found, num_classes=num_classes, class_names=names)
     return replace(config, data=data)
 

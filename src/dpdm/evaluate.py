@@ -1,6 +1,7 @@
 """How good the synthetic images are, measured on real ones: private figures, and the two report pages."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dpdm import checkpoint, distributed, fidelity
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
+from dpdm.data.records import list_names
 from dpdm.device import environment, pick_device
 from dpdm.errors import InputError
 from dpdm.evaluation.classifiers import Accuracy, logistic_regression_accuracy, majority_accuracy
@@ -140,6 +142,9 @@ def evaluate(
         InputError: if sizes or classes differ.
     """
     _check_alike(synthetic, real)
+    if synthetic.labels is not None:
+        names = configs.load([workdir.config]).data.class_names if workdir.config.exists() else real.class_names
+        _check_classes(names or (), real, holdout)
     train_set = read_set("real", real)
     test_set = None if holdout is None else read_set("held-out real", holdout)
     sets = [synthetic]
@@ -213,7 +218,8 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
         synthetic=synthetic.images[:REPORT_IMAGES],
         config=(workdir.release / "config.json").read_text(encoding="utf-8"),
         versions=statement["versions"],
-        synthetic_labels=labels,
+        # Not the real images' business: what is shared is a function of the release and its images.
+        synthetic_labels=None if synthetic.labels is None else synthetic.labels[:REPORT_IMAGES],
         class_names=names,
     )
     write_shareable_report(workdir.shareable, shared)
@@ -374,6 +380,20 @@ def _check_alike(synthetic: ImageSet, real: ImageArchive) -> None:
         raise InputError(
             f"Expected synthetic images of shape {expected} as in {real.path}, got {synthetic.images.shape[1:]}."
         )
+
+
+def _check_classes(names: Sequence[str], *archives: ImageArchive | None) -> None:
+    """Raises InputError if an archive numbers classes otherwise than the model: accuracies would mean nothing."""
+    for archive in archives:
+        if archive is None or archive.labels is None:
+            continue
+        own = archive.class_names or [str(label) for label in range(archive.num_classes)]
+        if names and list(names) != list(own):
+            expected, found = list_names(list(names)), list_names(own)
+            raise InputError(
+                f"Expected the model's classes {expected} in {archive.path}, got {found}: prepare "
+                "real and held-out images together, or with the same folders of classes."
+            )
 
 
 def read_synthetic(workdir: Workdir, config: Config) -> ImageSet:

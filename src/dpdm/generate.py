@@ -6,8 +6,6 @@ processes each draws its share.
 
 import csv
 import shutil
-import signal
-import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,12 +29,13 @@ from dpdm.diffusion.image_noise import image_labels
 from dpdm.diffusion.sampling import sample
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.grids import image_grid
-from dpdm.files import fsync, locked
+from dpdm.files import fsync, locked, termination_interrupts
 from dpdm.progress import Progress
 
 GRID_IMAGES = 100
 GRID_COLUMNS = 10
 GRID_PIXELS = 640
+GRID_SIDE = 4096  # of the largest picture that verify takes
 GRID_CHOICE = 10_000  # the grid is chosen from the first images, which are enough for 100 classes
 BYTES_PER_READ = 2**22
 
@@ -185,6 +184,8 @@ def _choose(count: int, labels: np.ndarray | None) -> list[int]:
 
 def _lay_out(images: np.ndarray) -> Image.Image:
     columns = min(GRID_COLUMNS, len(images))
+    step = -(-images.shape[-1] // (GRID_SIDE // GRID_COLUMNS - 2))  # of large images every nth pixel is shown
+    images = images[..., ::step, ::step]
     return image_grid(images, columns, max(1, GRID_PIXELS // (columns * images.shape[-1])))
 
 
@@ -327,7 +328,7 @@ def _workspace(parent: Path) -> Iterator[Path]:
         (path / "samples").mkdir()
         return path
 
-    with _termination_interrupts():
+    with termination_interrupts():
         try:
             with held:
                 yield distributed.on_main(make)
@@ -335,20 +336,3 @@ def _workspace(parent: Path) -> Iterator[Path]:
             with suppress(RunError):
                 distributed.barrier()  # once a process has gone torchrun ends the others, so not while one cleans up
             raise
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Meanwhile SIGTERM is what Ctrl-C is, so that what is temporary is removed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be received
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

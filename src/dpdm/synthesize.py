@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,14 @@ class Request:
             raise InputError(f"Expected 0 < --delta < 1, got {self.delta}.")
         for override in self.overrides:
             key = override.partition("=")[0]
-            if key in FIXED:
-                raise InputError(f"Expected no {key} after --, got {override!r}: {FIXED[key]}.")
+            for fixed, why in FIXED.items():
+                if key == fixed or fixed.startswith(f"{key}."):  # or a whole section that holds it
+                    raise InputError(f"Expected no {fixed} after --, got {override!r}: {why}.")
         asked = configs.load([], self.overrides)  # a typo is found before the images are read
+        usual = configs.load([])
+        for fixed, why in FIXED.items():  # an old name of a key sets it, too
+            if attrgetter(fixed)(asked) != attrgetter(fixed)(usual):
+                raise InputError(f"Expected no {fixed} after --, got {attrgetter(fixed)(asked)}: {why}.")
         if asked.setup.n_gpus_per_node > 1:
             raise InputError(
                 f"Expected {ONE_PROCESS}, got setup.n_gpus_per_node={asked.setup.n_gpus_per_node}: {STEPS}."

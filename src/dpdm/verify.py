@@ -134,22 +134,28 @@ def _run_of(release: Path) -> Workdir | None:
     return run if run.release == release.resolve() else None
 
 
-def against(release: Path, archive: Path, images: Path | None = None) -> CopyReport:
-    """Looks for copies of training images among synthetic ones. What it finds is private.
+def against(release: Path, archive: Path, images: Path | None = None) -> dict[Path, CopyReport]:
+    """Looks for copies of training images among synthetic ones, in each place that has some. What it finds is private.
 
     Args:
         release: whose images are looked at.
         archive: the training images, as ``dpdm prepare`` writes them.
-        images: the synthetic ones; None takes those beside the release.
+        images: the synthetic ones; None takes all beside the release.
 
     Raises:
         InputError: if one of the two sets cannot be read, or they have different shapes.
     """
-    chosen = images or next(iter(synthetic_images(release)), None)
-    if chosen is None:
+    places = [images] if images else [_images_in(place) for place in synthetic_images(release)]
+    if not places:
         raise InputError(f"Expected synthetic images beside {release}, found none: give them by --images.")
     training = fidelity.archive_images("training", ImageArchive(archive))
-    return find_copies(fidelity.open_samples(chosen), training, device=pick_device("auto"))
+    device = pick_device("auto")
+    return {place: find_copies(fidelity.open_samples(place), training, device=device) for place in places}
+
+
+def _images_in(place: Path) -> Path:
+    """Returns the one file of a ``samples/`` that holds its images, if it was drawn into one, else ``place``."""
+    return next((file for name in ("images.npz", "images.zip") if (file := place / name).is_file()), place)
 
 
 def page(found: Findings) -> str:

@@ -36,6 +36,22 @@ def levels(archive: ImageArchive) -> list[int]:
     return archive.read(np.arange(archive.num_images))[:, 0, 0, 0].tolist()
 
 
+def test_persons_as_classes_are_refused(tmp_path: Path) -> None:
+    """Their names would be published as those of classes."""
+    for person in ("anna", "bert", "cleo"):
+        write_images(tmp_path / "in", 2, f"{person}/")
+    with pytest.raises(InputError) as caught:
+        prepare(str(tmp_path / "in"), tmp_path / "a.zip", groups=r"^([^/]+)/")
+    assert "names of classes are published" in str(caught.value)
+    assert "anna" not in str(caught.value)
+    who = {f"{p}/{i:02d}.png": p.upper() for p in ("anna", "bert", "cleo") for i in range(2)}
+    with pytest.raises(InputError, match="3 classes each of one group alone"):
+        prepare(str(tmp_path / "in"), tmp_path / "a.zip", groups=write_csv(tmp_path / "g.csv", who))
+    assert not (tmp_path / "a.zip").exists()
+    who["anna/01.png"] = "BERT"  # a class that two persons share: folders are no persons
+    assert prepare(str(tmp_path / "in"), tmp_path / "a.zip", groups=write_csv(tmp_path / "g.csv", who)).num_groups == 3
+
+
 def test_an_archive_keeps_numbers_and_no_names(tmp_path: Path) -> None:
     names = write_images(tmp_path / "in", 6)
     who = dict(zip(names, ["Zoe", "Ada", "Zoe", "Bob", "Ada", "Zoe"], strict=True))
@@ -60,17 +76,17 @@ def test_an_archive_keeps_numbers_and_no_names(tmp_path: Path) -> None:
 
 def test_a_pattern_finds_groups_in_names(tmp_path: Path) -> None:
     for person in ("p7", "p12"):
-        write_images(tmp_path / "in" / person, 2, "scans/")
-    archive = prepare(str(tmp_path / "in/p7"), tmp_path / "a.zip", groups=r"(\d+)\.png")
+        write_images(tmp_path / "in", 2, f"scans/{person}/")
+    archive = prepare(str(tmp_path / "in/scans/p7"), tmp_path / "a.zip", groups=r"(\d+)\.png")
     assert archive.num_groups == 2
-    archive = prepare(str(tmp_path / "in"), tmp_path / "b.zip", groups=r"^p(\d+)/")
+    archive = prepare(str(tmp_path / "in"), tmp_path / "b.zip", groups=r"/p(\d+)/")
     assert archive.groups is not None
     assert archive.groups.tolist() == [0, 0, 1, 1]
     for pattern, hint in (
         ("p7", "no such file"),
         ("(p)(7)", "one"),
         ("(p7", "pattern"),
-        ("(p7)", "not in p12/scans/00"),
+        ("(p7)", "not in scans/p12/00"),
     ):
         with pytest.raises(InputError, match=hint):
             prepare(str(tmp_path / "in"), tmp_path / "c.zip", groups=pattern)

@@ -95,6 +95,12 @@ def test_16_bits_are_rounded_to_8() -> None:
         np.testing.assert_array_equal(pixels(content, 1)[0], expected)
 
 
+def test_32_bits_are_named() -> None:
+    content = encode(Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4)), "TIFF")
+    with pytest.raises(InputError, match="32-bit pixels, expected 8 or 16 bits"):
+        pixels(content, 1)
+
+
 def test_transparency_is_composited_on_black() -> None:
     values = random_pixels(8, 8, 4)
     values[0, :, 3], values[1, :, 3] = 0, 255

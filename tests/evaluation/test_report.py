@@ -249,3 +249,12 @@ def test_refuses_arrays_that_do_not_fit() -> None:
         shared(statement={"epsilon": 1.0})
     with pytest.raises(InputError, match="uint8"):
         shared(synthetic=np.zeros((3, 1, 8, 8)))
+
+
+def test_both_pages_say_that_a_selection_ran_everything_several_times(tmp_path: Path) -> None:
+    selection = {"name": "private selection", "mean_runs": 3.0, "distribution": "poisson"}
+    statement = {**STATEMENT, "mechanisms": [{**selection, "base": STATEMENT["mechanisms"]}]}
+    words = "on average 3 (poisson)"
+    assert words in shareable_page(tmp_path, statement=statement)
+    assert words in private_page(tmp_path, guarantee=Guarantee.from_statement(statement))
+    assert "on average" not in shareable_page(tmp_path)

@@ -32,6 +32,7 @@ def with_groups(splits: Mapping[str, Split], groups: str | None) -> dict[str, Sp
         names = [name for split in splits.values() for name in split.names]
         found = _from_csv(Path(groups), names) if Path(groups).is_file() else _from_pattern(groups, names)
         splits = {side: replace(split, groups=[found[name] for name in split.names]) for side, split in splits.items()}
+    _check_classes(splits)
     seen: dict[str, tuple[str, str]] = {}
     both = []
     for side, split in splits.items():
@@ -47,11 +48,24 @@ def with_groups(splits: Mapping[str, Split], groups: str | None) -> dict[str, Sp
     return dict(splits)
 
 
+def _check_classes(splits: Mapping[str, Split]) -> None:
+    """Raises InputError if classes are groups: their names, which would be published, are then those of persons."""
+    pairs = {(split.label(index), group) for split in splits.values() for index, group in enumerate(split.groups or ())}
+    classes, groups = {label for label, _ in pairs if label is not None}, {group for _, group in pairs}
+    if len(groups) > 1 and len(pairs) == len(groups) == len(classes):
+        raise InputError(
+            f"Expected classes that groups share, got {len(classes)} classes each of one group alone: names of classes "
+            "are published, and here they would name the groups; put the groups' folders into folders of classes, or "
+            "all images into one folder and whose they are into a CSV file."
+        )
+
+
 def group_is_held_out(group: str, key: bytes, fraction: float) -> bool:
     """Whether a group is held out, with all of its images: its name's keyed hash, in [0, 1), is below ``fraction``.
 
     Guarantee: depends on the group's name and the key alone. Adding or removing a group moves no other one, and no
-    group is on both sides; who lacks the key cannot tell the side of a group.
+    group is on both sides; who lacks the key cannot tell the side of a group. (A prepared archive has numbers in place
+    of names: prepared anew without a group, the numbers of those after it are others.)
     """
     message = b"dpdm hold-out of groups, version 1" + group.encode(errors="surrogateescape")
     digest = hmac.new(key, message, hashlib.sha256).digest()

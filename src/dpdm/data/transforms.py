@@ -19,6 +19,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it merely warns
 MAX_RESOLUTION = 4096
 
+BITS_PER_SAMPLE = 258  # TIFF's tag
 GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # "I": how older Pillows open 16-bit PNGs
 GREY_MODES = ("1", "L", "LA", "La", *GREY_16_BIT_MODES)
 
@@ -96,6 +97,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+    if image.format == "TIFF" and image.mode == "I" and getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (32,):
+        raise ValueError("32-bit pixels, expected 8 or 16 bits")
     if image.mode in GREY_16_BIT_MODES:
         values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
