@@ -32,8 +32,8 @@ def _triton_works(device: torch.device, dtype: torch.dtype) -> bool:
 
         x = torch.ones(2, 16, 64, device=device, dtype=dtype)
         ones = torch.ones(64, device=device)
-        normed, *kept = kernels.group_norm(x, 16, ones, ones, 1e-6, silu=False)
-        back, *_ = kernels.group_norm_backward(normed, x, *kept, ones, silu=False)
+        normed, affine, mean, rstd = kernels.group_norm(x, 16, ones, ones, 1e-6, silu=False)
+        back = kernels.group_norm_backward(normed, x, affine, mean, rstd, ones, silu=False)[0]
         rows = kernels.conv_weight_gradients(x + back, normed, (4, 4), 2, 3).flatten(1)  # of images that are 1
         norms = kernels.squared_norms(rows)
         # Each weight sees 9, 12 or 16 of the 16 pixels.
