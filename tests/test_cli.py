@@ -503,3 +503,48 @@ def test_a_lock_can_be_nested_and_leaves_nothing_after_an_error(tmp_path: Path) 
     with folder.lock():
         pass
     assert folder.private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_pretrained_release_keeps_its_own_network(tmp_path: Path, refused: Callable[..., str]) -> None:
+    line = ["sample", "--pretrained", "mnist_small_eps_1.0", "--workdir", str(tmp_path / "w"), "--"]
+    for key in ("model.denoiser=v", "data.resolution=32", "loss.sigma_data=2"):
+        assert f"got '{key}'" in refused(*line, key)
+    assert "setup.device" in refused(*line, "setup.device=meta")
+
+
+def test_a_total_names_what_it_does_not_hold(tmp_path: Path, capfd: Capture, refused: Callable[..., str]) -> None:
+    """A statement of 1,000 images for which delta 0.5 says nothing; one that began with a private release."""
+    source = {"sha256": "ab" * 32, "kind": "private release"}
+    statement = {
+        "mechanisms": [{"name": "DP-SGD", "sampling_rate": 0.1, "noise_multiplier": 2.0, "num_steps": 10}],
+        "delta": 1e-5,
+        "dataset_size": 1000,
+        "unit": "one image, with its label",
+        "files": {"model.safetensors": "cd" * 32},
+        "initial_weights": [source],
+    }
+    file = tmp_path / "privacy.json"
+    file.write_text(json.dumps(statement))
+    assert "delta < 1/N" in refused("account", "--compose", file, "--delta", "0.5")
+    assert run_command(["account", "--compose", str(file)]) == 0
+    assert "began with a private release" in capfd.readouterr().err
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**statement, "files": {"model.safetensors": "ab" * 32}, "initial_weights": []}))
+    assert run_command(["account", "--compose", str(file), "--compose", str(other)]) == 0
+    assert capfd.readouterr().err == ""
+    other.write_text(json.dumps({**statement, "dataset_size": 1_000_000, "initial_weights": []}))
+    assert "delta < 1/N = 1e-06" in refused("account", "--compose", file, "--compose", other)
+    other.write_text(json.dumps({**statement, "dataset_size": 0}))
+    assert "dataset_size 0" in refused("account", "--compose", other)
+    for steps in (1.5, 0, True):
+        statement["mechanisms"][0]["num_steps"] = steps  # type: ignore[index]
+        file.write_text(json.dumps(statement))
+        assert "num_steps" in refused("account", "--compose", file)
+
+
+def test_the_config_in_a_new_run_s_folder_is_not_overwritten(tmp_path: Path, refused: Callable[..., str]) -> None:
+    file = tmp_path / "w" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text("dp: {epsilon: 1}  # by hand\n")
+    assert "outside of --workdir" in refused("train", "--config", file, "--workdir", tmp_path / "w")
+    assert "by hand" in file.read_text()

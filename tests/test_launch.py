@@ -1,11 +1,15 @@
-"""How many processes a config's wish for GPUs starts."""
+"""How many processes a config's wish for GPUs starts, and what becomes of them when the command is to end."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from dpdm import config
+from dpdm import config, launch
 from dpdm.errors import InputError
 from dpdm.launch import processes_to_start
 
@@ -42,3 +46,43 @@ def test_one_process_and_those_that_were_started_start_no_others(gpus, monkeypat
     assert wanted() == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert wanted("setup.n_gpus_per_node=2") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_asks_the_command_to_end_asks_its_processes(number: int) -> None:
+    """Once each, and they are waited for: a process that went on alone would go on to buy steps."""
+    program = (
+        "import signal, sys, time\n"
+        "got = []\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):  # what training notices\n"
+        "    signal.signal(number, lambda *_: got.append(1))\n"
+        "print('ready', flush=True)\n"
+        "end = time.monotonic() + 5\n"
+        "while not got and time.monotonic() < end: time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        "print(len(got), flush=True)\n"
+    )
+    before = signal.getsignal(number)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, process_group=0) as process:
+        assert process.stdout is not None
+        with launch._passed_on_to(process) as received:
+            assert process.stdout.readline() == b"ready\n"
+            os.kill(os.getpid(), number)
+            assert process.wait(timeout=30) == 0
+        assert process.stdout.read() == b"1\n"
+    assert received == [number]
+    assert signal.getsignal(number) == before
+
+
+def test_who_began_under_nohup_goes_on_without_a_terminal() -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with (
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"], process_group=0) as process,
+            launch._passed_on_to(process) as received,
+        ):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert process.wait(timeout=30) == 0
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, old)

@@ -13,17 +13,18 @@ import pytest
 import torch
 from tests.made_release import edit
 
-from dpdm import checkpoint, private_tuning
+from dpdm import checkpoint, private_tuning, train
 from dpdm import config as configs
 from dpdm.cli import run_command
 from dpdm.data.archive import ArchiveWriter, ImageArchive
-from dpdm.errors import InputError, RunError
+from dpdm.errors import DivergedError, InputError, RunError
 from dpdm.evaluation.classifiers import ExactClassifier, logistic_regression_accuracy
 from dpdm.privacy import noise
 from dpdm.privacy.accounting import Distribution, Mechanism, Repeats, Selection, epsilon_spent
 from dpdm.privacy.ledger import Ledger
 from dpdm.privacy.second_selection import epsilon_with_selections
 from dpdm.private_tuning import SelectionRequest, check_same_cost, noisy_score, score_noise_multiplier, select
+from dpdm.release import make_release
 from dpdm.synthesize import Request
 from dpdm.tune import read_candidates
 from dpdm.verify import verify
@@ -146,9 +147,65 @@ def test_it_is_released_sampled_and_verified(chosen: Path, tmp_path: Path, capfd
     assert run_command(["train", "--workdir", work, "--resume"]) == 2
 
 
+def test_a_run_that_diverges_has_no_right_answers_and_is_not_shown(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would take the whole selection with it, and tell of a run that nobody may see."""
+    trained, ends = private_tuning.train, iter([False, True, False])
+
+    def some_diverge(*arguments: Any, **named: Any) -> Any:
+        found = trained(*arguments, **named)
+        if next(ends):
+            raise DivergedError("what nobody may see")
+        return found
+
+    monkeypatch.setattr(private_tuning, "train", some_diverge)
+    monkeypatch.setattr("dpdm.privacy.selection.draw_number_of_runs", lambda repeats, key: 3)
+    select(ask(source), Workdir(tmp_path / "w"))
+    assert next(ends, None) is None
+    assert "what nobody may see" not in "".join(capfd.readouterr())
+    monkeypatch.setattr(
+        private_tuning, "train", lambda *_, **__: (_ for _ in ()).throw(DivergedError("what nobody may see"))
+    )
+    with pytest.raises(RunError, match="The selected run diverged"):
+        select(ask(source), Workdir(tmp_path / "all"))
+    assert len(Ledger(Workdir(tmp_path / "all").ledger).mechanisms()) == 1
+    assert not Workdir(tmp_path / "all").checkpoint.exists()
+
+
+def test_a_diverged_run_s_score_is_noise_alone() -> None:
+    mechanism = Mechanism("noisy score", 1.0, 30.0, 1)
+    scores = [private_tuning.noisy_count(0, mechanism, bytes([number]) * 32) for number in range(40)]
+    assert 15 < float(np.std(scores)) < 50
+    assert abs(float(np.mean(scores))) < 20
+
+
+def test_a_run_of_a_killed_selection_is_no_run_by_itself(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its statement would not count the selection, with which it shares its randomness."""
+    kept = tmp_path / "kept"
+
+    def killed(*_: Any, **__: Any) -> None:
+        shutil.copytree(tmp_path / "w" / "private" / "run", kept)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(private_tuning, "draw", killed)
+    with pytest.raises(KeyboardInterrupt):
+        select(ask(source), Workdir(tmp_path / "w"))
+    with pytest.raises(InputError, match="of a private selection, which is not released by itself"):
+        make_release(Workdir(kept))
+    with pytest.raises(InputError, match="of a private selection"):
+        train.train(configs.load([kept / "config.yaml"]), Workdir(kept), resume=True)
+    assert not Workdir(kept).release.exists()
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (lambda m: m[0]["base"][2].update(sampling_rate=0.001), "the mechanism of the score"),
+        (lambda m: m[0]["base"][2].update(noise_multiplier=1e4), "the mechanism of the score"),
+        (lambda m: m[0]["base"][1].update(num_steps=1), "1 steps of DP-SGD are stated, config.json asks for 2"),
         (lambda m: m[0].update(mean_runs=1.1), "both accountants"),
         (lambda m: m[0].update(mean_runs=9.0), "epsilon is"),
         (lambda m: m[0]["base"][2].update(noise_multiplier=0.5), "epsilon is"),

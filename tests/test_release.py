@@ -1,6 +1,7 @@
 """What leaves the house, and what does not."""
 
 import json
+import math
 import shutil
 import stat
 from dataclasses import replace
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from dpdm import checkpoint, train, warmup
 from dpdm import config as configs
+from dpdm.account import compose
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError, RunError
 from dpdm.generate import draw, grid
@@ -266,6 +268,41 @@ def test_keys_are_deleted_at_release_and_the_run_is_over(workdir: Workdir) -> No
         make_release(workdir)
     with pytest.raises(InputError, match="is over"):
         train.train(configs.load([workdir.config]), workdir, resume=True)
+
+
+def test_a_ledger_s_total_is_the_statement_s(workdir: Workdir) -> None:
+    """Of both mechanisms: the warm-up and the steps."""
+    assert len(Ledger(workdir.ledger).mechanisms()) == 2
+    total = compose([workdir.ledger], None)["epsilon"]
+    make_release(workdir)
+    assert total == json.loads((workdir.release / "privacy.json").read_text())["epsilon"]
+    assert total == compose([workdir.release / "privacy.json"], None)["epsilon"]
+
+
+def test_a_second_release_is_not_made_of_a_run_whose_first_one_left(workdir: Workdir, tmp_path: Path) -> None:
+    make_release(workdir)
+    workdir.release.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="was not released"):
+        make_release(workdir, 0.05)
+    assert not workdir.release.exists()
+
+
+def test_weights_that_are_no_numbers_are_not_released(workdir: Workdir) -> None:
+    state, facts = checkpoint.load(workdir.checkpoint)
+    next(iter(state.ema.values())).view(-1)[0] = math.nan
+    checkpoint.save(workdir.checkpoint, state, facts)
+    with pytest.raises(RunError, match="Expected finite weights"):
+        make_release(workdir)
+    assert workdir.key.exists()
+    assert not workdir.release.exists()
+
+
+def test_a_name_that_verify_would_refuse_is_not_released(workdir: Workdir) -> None:
+    workdir.config.write_text(workdir.config.read_text().replace("name: squares", "name: /home/me/squares"))
+    with pytest.raises(InputError, match=r"data\.name that may be published"):
+        make_release(workdir)
+    assert workdir.key.exists()
+    assert not workdir.release.exists()
 
 
 def test_private_files_are_for_the_owner_alone(workdir: Workdir) -> None:

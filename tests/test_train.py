@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from dpdm import checkpoint, config, run, warmup
+from dpdm import config as configs
 from dpdm import train as training
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
 from dpdm.data.prepare import prepare
 from dpdm.diffusion.denoiser import Denoiser
-from dpdm.errors import InputError, RunError
+from dpdm.errors import DivergedError, InputError, RunError
 from dpdm.physical_batch import physical_batch_size
 from dpdm.privacy.dpsgd import PrivateGradient
 from dpdm.privacy.ledger import Ledger
@@ -227,6 +228,84 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_kept(
     state, _ = checkpoint.load(workdir.checkpoint)
     assert state.step == 0
     assert all(torch.isfinite(p).all() for p in state.parameters.values())
+
+
+def test_a_run_that_diverges_ends_before_it_is_kept(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad examples count as zero, so nothing else would tell: the budget would go on weights that are no numbers."""
+    workdir, real = Workdir(tmp_path / "w"), training.adam_step
+
+    def too_far(config: Any, parameters: dict[str, torch.Tensor], *rest: Any, **named: Any) -> None:
+        real(config, parameters, *rest, **named)
+        if named["step"] == 1:
+            next(iter(parameters.values())).data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(training, "adam_step", too_far)
+    with pytest.raises(DivergedError, match=r"finite weights after the step.*lower optim\.learning_rate"):
+        train(tiny(archive), workdir)
+    state, _ = checkpoint.load(workdir.checkpoint)
+    assert spent(workdir) == 2
+    assert all(torch.isfinite(p).all() for p in state.parameters.values())
+
+
+def test_noise_and_epsilon_may_differ_in_their_last_digits_on_another_machine(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on with the noise with which it began."""
+    workdir, made = Workdir(tmp_path / "w"), run.make_plan
+    keys = ("dp.noise_multiplier=null", "dp.epsilon=3", "train.checkpoint_every=1")
+    with pytest.MonkeyPatch.context() as patch:
+        die_at(patch, "private_step", 3)
+        with pytest.raises(DiedError):
+            train(tiny(archive, *keys), workdir)
+    begun = Ledger(workdir.ledger).header["plan"]
+
+    def elsewhere(factor: float) -> Any:
+        def plan(*given: Any) -> Any:
+            found = made(*given)
+            noise = found.noise_multiplier * factor
+            return replace(found, noise_multiplier=noise, epsilon=found.epsilon / factor)
+
+        return plan
+
+    monkeypatch.setattr(run, "make_plan", elsewhere(1 + 1e-3))
+    with pytest.raises(InputError, match="Expected the privacy plan"):
+        train(tiny(archive, *keys), workdir, resume=True)
+    monkeypatch.setattr(run, "make_plan", elsewhere(1 + 1e-4))
+    train(tiny(archive, *keys), workdir, resume=True)
+    (used,) = {m.noise_multiplier for m in Ledger(workdir.ledger).mechanisms() if m.name == "DP-SGD"}  # type: ignore[union-attr]
+    assert used == begun["noise_multiplier"]
+
+
+def test_what_may_change_is_kept_when_a_run_goes_on(archive: Path, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    train(tiny(archive, "train.num_iterations=1"), workdir)
+    changed = ("train.num_iterations=1", "sampler.num_steps=7", "data.name=Mine")
+    train(tiny(archive, *changed), workdir, resume=True)
+    kept = configs.load([workdir.config])
+    assert (kept.sampler.num_steps, kept.data.name) == (7, "Mine")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (("model.ckpt=/nowhere",), r"model\.ckpt=null in training.*model\.init"),
+        (("data.class_names=[x, y]",), r"data\.class_names to be those of"),
+        (("data.name=/home/me/x",), r"data\.name that may be published"),
+        (("evaluation.fid_every=1",), r"evaluation\.fid_stats, got none"),
+        (("evaluation.fid_every=1", "evaluation.fid_stats=nowhere.npz"), r"nowhere\.npz"),
+        (("setup.device=meta",), r"setup\.device.*'meta'"),
+    ],
+)
+def test_what_cannot_go_well_is_refused_before_there_is_a_run(
+    archive: Path, tmp_path: Path, keys: tuple[str, ...], message: str
+) -> None:
+    workdir = Workdir(tmp_path / "w")
+    with pytest.raises(InputError, match=message):
+        train(tiny(archive, *keys), workdir)
+    assert not workdir.ledger.exists()
+    assert not workdir.config.exists()
 
 
 @pytest.mark.gpu

@@ -242,10 +242,17 @@ def test_identity_depends_on_all_that_a_step_is_made_of(
     run = watch.runs[0]
     config = run.config
     books = Books(run, watch.workdir, Ledger(watch.workdir.ledger), b"k" * 32, "execution")
+    setup = replace(config.setup, precision="bf16")
+    in_bf16 = replace(books, run=replace(run, config=replace(config, setup=setup)))
+    with monkeypatch.context() as patch:
+        patch.setattr("dpdm.run.code_hash", lambda: "other code")
+        of_other_code = books.identity("central images")
     others = [
         books.identity("DP-SGD", 1, "digest"),
         books.identity("DP-SGD", 0, "other digest"),
         books.identity("central images"),
+        in_bf16.identity("DP-SGD", 0, "digest"),
+        of_other_code,
         replace(books, key=bytes(32)).identity("DP-SGD", 0, "digest"),
         replace(books, execution="other").identity("DP-SGD", 0, "digest"),
         *(

@@ -276,6 +276,48 @@ def test_an_older_version_may_have_had_fewer_keys_and_that_is_said(release: Path
     assert any("3 steps of DP-SGD are stated, config.json asks for 0" in problem for problem in problems_of(release))
 
 
+def test_a_page_by_another_version_is_looked_through_and_that_is_said(run: Path, release: Path) -> None:
+    edit(release, "privacy.json", lambda statement: statement["versions"].update(dpdm="0.0.1"))
+    shareable = run / "shareable.html"
+    shareable.write_text("<p>a page of the time")
+    found = verify(release)
+    assert found.problems == []
+    assert any("Nor were the words of shareable.html" in notice for notice in found.notices)
+    shareable.write_text(f"<p>see /home/me/images, {'ab' * 32}")
+    assert len(problems_of(release)) == 2
+    picture = base64.b64encode(b"not a picture").decode()
+    shareable.write_text(f'<img src="data:image/png;base64,{picture}">')
+    assert len(problems_of(release)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda c: c["model"].update(use_ema=False), "model.use_ema"),
+        (lambda c: c["dp"].update(epsilon=1e300), "a budget that no run has"),
+    ],
+)
+def test_a_config_of_no_possible_run_is_refused(release: Path, change: Any, problem: str) -> None:
+    edit(release, "config.json", change)
+    assert any(problem in line for line in problems_of(release))
+
+
+def test_true_is_no_number(release: Path) -> None:
+    edit(release, "privacy.json", lambda s: s["public_facts"].update(num_channels=True))
+    assert any("public_facts" in line for line in problems_of(release))
+
+
+def test_no_images_are_none_that_were_looked_through(release: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert verify(release, tmp_path / "empty").problems == ["empty holds no images"]
+
+
+def test_a_command_that_fails_leaves_no_page(release: Path, tmp_path: Path, capfd: Capture) -> None:
+    for words, status in ((["--against", str(tmp_path / "none.zip")], 2), (["--public"], 1)):
+        assert run_command(["verify", str(release), *words]) == status
+        assert capfd.readouterr().out == ""
+
+
 # Accountants
 
 

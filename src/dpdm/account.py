@@ -21,6 +21,7 @@ NOISE_MULTIPLIER_RANGE = (accounting.SMALLEST_NOISE_MULTIPLIER, 1e5)
 LARGEST_STEPS = 10**6
 LARGEST_DATASET = 10**10
 MAX_STATEMENT_BYTES = 2**20
+PRIVATE_RELEASE = "private release"  # as ``initial.Source.kind``
 MAX_MECHANISMS = 100  # in one total; a run has three at most
 PUBLIC = (
     "Expected runs on private images, got {file} of a public model: it spends nothing of theirs and protects nobody on "
@@ -100,6 +101,8 @@ def answer(question: Question) -> dict[str, Any]:
 def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     """Returns the total of several ledgers (.jsonl) and statements (privacy.json), at the largest of their deltas.
 
+    Warns of a private release that a run began with, if it is not among them.
+
     Raises:
         InputError: naming the file that is neither, or a public model's; or if some protect images and others persons:
             the epsilon of one is none of the other.
@@ -108,6 +111,9 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     mechanisms: list[Spend] = []
     deltas = [] if delta is None else [delta]
     persons: set[bool] = set()
+    sizes: list[int] = []
+    named: set[str] = set()  # weights in the files
+    begun: dict[str, Path] = {}  # private releases with whose weights a run began
     for file in files:
         if not file.is_file():
             raise InputError(f"Expected a ledger or a statement at {file}, found none: check --compose.")
@@ -117,17 +123,25 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
                 if ledger.header["plan"]["noise_multiplier"] == 0:
                     raise InputError(PUBLIC.format(file=file))
                 mechanisms += ledger.mechanisms()
-                deltas.append(float(ledger.header["plan"]["delta"]))
-                persons.add(ledger.header["plan"].get("unit", "image") == "group")
+                plan, sources = ledger.header["plan"], ledger.header.get("initial_weights", [])
+                deltas.append(float(plan["delta"]))
+                sizes.append(int(plan["dataset_size"]))
+                persons.add(plan.get("unit", "image") == "group")
             else:
                 statement = parse_json(read_bytes(file.resolve(), MAX_STATEMENT_BYTES))
                 if not statement["mechanisms"] and "public_images" in statement:
                     raise InputError(PUBLIC.format(file=file))
                 if not statement["mechanisms"]:  # of converted weights
                     raise ValueError("one without mechanisms: what its weights give away is unknown")
-                mechanisms += [spend_from(m) for m in statement["mechanisms"]]
+                mechanisms += [_spend(entry) for entry in statement["mechanisms"]]
+                sources = statement.get("initial_weights", [])
                 deltas.append(float(statement["delta"]))
+                if type(statement["dataset_size"]) is not int or not 1 <= statement["dataset_size"] <= LARGEST_DATASET:
+                    raise ValueError(f"dataset_size {statement['dataset_size']}")
+                sizes.append(statement["dataset_size"])
                 persons.add(statement["unit"] == UNITS["group"])
+                named.add(statement["files"]["model.safetensors"])
+            begun |= {source["sha256"]: file for source in sources if source["kind"] == PRIVATE_RELEASE}
         except InputError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -135,12 +149,33 @@ def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     if len(persons) > 1:
         raise InputError("Expected runs that protect the same, got images in some and persons in others: add up each.")
     delta = delta if delta is not None else max(deltas)
+    if warning := accounting.check_delta_for(delta, max(sizes), "group" if True in persons else "image"):
+        print(f"dpdm: warning: {warning}", file=sys.stderr)
     if len(parts(mechanisms)) > MAX_MECHANISMS:
         raise InputError(f"Expected at most {MAX_MECHANISMS} mechanisms in a total, got {len(parts(mechanisms))}.")
     for mechanism in parts(mechanisms):
         check_noise_multiplier(mechanism.noise_multiplier, f"noise_multiplier of {mechanism.name}")
     check_worth(mechanisms, delta)
+    for missing in begun.keys() - named:
+        print(
+            f"dpdm: warning: the run of {begun[missing]} began with a private release whose statement is not among the "
+            "files: if that was trained on the same images, add it.",
+            file=sys.stderr,
+        )
     return {"epsilon": accounting.epsilon_spent(mechanisms, delta), "delta": delta, "num_runs": len(files)}
+
+
+def _spend(entry: dict[str, Any]) -> Spend:
+    """Returns what a statement's entry says was bought.
+
+    Raises:
+        ValueError: if a number of steps is none.
+    """
+    spend = spend_from(entry)
+    for part in parts([spend]):
+        if type(part.num_steps) is not int or part.num_steps < 1:
+            raise ValueError(f"num_steps {part.num_steps}")
+    return spend
 
 
 def check_target(

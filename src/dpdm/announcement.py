@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dpdm.evaluation.guarantee import round_up
 from dpdm.initial import Source
 from dpdm.privacy import accounting
 from dpdm.run import Run
@@ -14,7 +15,7 @@ def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
     if not plan.is_private:
         return "\n".join([_public_announcement(run), *_beginnings(run, sources)])
     lines = [
-        f"Privacy: at most epsilon={plan.epsilon:.4g} at delta={plan.delta:g}, adding or removing one of "
+        f"Privacy: at most epsilon={round_up(plan.epsilon)} at delta={plan.delta:g}, adding or removing one of "
         f"{plan.dataset_size} {plan.unit}s.",
         f"  DP-SGD: {plan.num_iterations} steps, sampling rate {plan.sampling_rate:.4g}, noise multiplier "
         f"{plan.noise_multiplier:g}, clipping norm {run.config.dp.clipping_norm:g}.",

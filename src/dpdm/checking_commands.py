@@ -252,9 +252,9 @@ def verify(
     found = checks.verify(release, images)
     for problem in found.problems:
         complain(f"{release}: {problem}")
-    if not found.problems:
-        print(checks.page(found))
     reports = {} if against is None else checks.against(release, against, images)
+    if not found.problems and (found.is_public or not public):
+        print(checks.page(found))
     for place, report in reports.items():
         print("\n".join([f"{place}:", *describe(report)]), file=sys.stderr)
     if found.problems:

@@ -139,6 +139,10 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
     if resume and not files and run.ledger.exists():
         configs.check_whole(run.config)
         files = [str(run.config)]
+    if not run.ledger.exists() and any(Path(file).resolve() == run.config.resolve() for file in files):
+        raise InputError(
+            f"Expected --config outside of --workdir, got {run.config}: the run writes its own file there."
+        )
     asked = configs.load(files, overrides)
     if processes := launch.processes_to_start(asked, overrides):
         return launch.start(processes, click.get_current_context().obj)
@@ -268,6 +272,11 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
                 raise InputError(
                     f"Expected no --config and no model.ckpt with --pretrained {pretrained}, got one: it has its own."
                 )
+            for override in overrides:
+                if override.startswith(("model", "data", "loss")):
+                    raise InputError(
+                        f"Expected keys of sampler and setup with --pretrained, got {override!r}: leave it out."
+                    )
             ckpt = releases.folder(pretrained)
         own = own_config(ckpt)
         if own is not None:  # the model's own shape and sampler, the user's wishes on top

@@ -306,13 +306,13 @@ def check_whole(path: Path) -> None:
 
 
 def run_hash(config: Config) -> str:
-    """Returns a hash of what may not change when a run goes on: not where data lie, how steps are cut and watched."""
-    data = replace(config.data, path=None, name=None)
-    model = replace(config.model, ckpt=None, init=None, use_ema=True)
-    watched = {"log_every", "log_threshold", "snapshot_every", "snapshot_threshold"}
-    pieces = {"physical_batch_size", "n_splits", "checkpoint_every", "checkpoint_threshold"}
-    train = {name: value for name, value in asdict(config.train).items() if name not in watched | pieces}
-    return fingerprint(data, model, config.loss, config.optim, config.dp, train)
+    """Returns a hash of what may not change when a run goes on: not where data lie, how steps are cut and watched.
+
+    Keys that have their default are left out, so that a run goes on by a later version, which has more keys.
+    """
+    usual = dict(leaves(asdict(Config())))
+    asked = [(key, value) for key, value in leaves(asdict(config)) if key not in FREE_KEYS and value != usual[key]]
+    return fingerprint(sorted((key, value) for key, value in asked if key.partition(".")[0] not in FREE_SECTIONS))
 
 
 def resolve(config: Config, archive: ImageArchive) -> Config:
@@ -351,6 +351,11 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
         raise InputError(
             f"Expected the names of all classes in {archive.path} to take at most {MAX_NAMES} bytes, got {length} of "
             f"{len(names)} names: shorten the folders' names, or set data.num_classes=0."
+        )
+    if data.class_names not in ((), names):
+        raise InputError(
+            f"Expected data.class_names to be those of {archive.path}, {list(names)[:20]}, got "
+            f"{list(data.class_names)[:20]}: leave them out, and rename the folders of the images."
         )
     data = replace(data, **found, num_classes=num_classes, class_names=names)
     return replace(config, data=data)
@@ -439,5 +444,16 @@ def _first_line(error: Exception) -> str:
     return " ".join(str(error).splitlines()[:1]) or type(error).__name__
 
 
+FREE_SECTIONS = {"sampler", "evaluation", "setup"}  # that may change while a run is under way, as may these keys
+FREE_KEYS = {"data.path", "data.name", "model.ckpt", "model.init", "model.use_ema"} | {
+    "train.physical_batch_size",
+    "train.n_splits",
+    "train.log_every",
+    "train.log_threshold",
+    "train.snapshot_every",
+    "train.snapshot_threshold",
+    "train.checkpoint_every",
+    "train.checkpoint_threshold",
+}
 KNOWN_KEYS = list(_dataclass_keys(Config))
 SECTIONS = [item.name for item in fields(Config)]

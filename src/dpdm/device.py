@@ -1,6 +1,7 @@
 """The machine that a run is on: its device, and everything that the rounding of a computation may depend on."""
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -36,6 +37,8 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name)
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither a CPU nor a CUDA device")
         if device.type == "cuda":
             if device.index is None:  # torch asks for a number in many places
                 device = torch.device("cuda", torch.cuda.current_device())
@@ -119,7 +122,7 @@ def execution(device: torch.device) -> str:
     """
     facts = {
         "environment": environment(device),
-        "code": _code_hash(),
+        "code": code_hash(),
         "threads": torch.get_num_threads(),
         "processes": distributed.size(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -131,17 +134,19 @@ def execution(device: torch.device) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
+@functools.cache
+def code_hash() -> str:
+    """Returns a hash of all of dpdm's own code."""
+    sha = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return sha.hexdigest()
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _code_hash() -> str:
-    sha = hashlib.sha256()
-    root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return sha.hexdigest()

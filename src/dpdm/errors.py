@@ -12,5 +12,9 @@ class RunError(RuntimeError):
     """Something failed on the way: exit status 1, what was saved before stays valid."""
 
 
+class DivergedError(RunError):
+    """Weights, gradients or images are no longer finite numbers."""
+
+
 class PeerError(RunError):
     """Another process of the same run failed, and has said so."""

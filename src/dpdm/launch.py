@@ -1,9 +1,12 @@
 """Starting several processes on this machine, and joining those that torchrun has started. Loads no torch for one."""
 
 import os
+import signal
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from dpdm.errors import InputError, RunError
@@ -44,14 +47,44 @@ def processes_to_start(config: "Config", overrides: list[str]) -> int:
 def start(count: int, arguments: list[str]) -> int:
     """Runs the command of these ``arguments`` in ``count`` processes under torchrun; returns the exit status.
 
+    A Ctrl-C, a polite kill and the end of the terminal are passed on: the processes save and end, and then this one.
+
     Raises:
         RunError: if a process ends early.
+        KeyboardInterrupt: if they were told to end.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    done = subprocess.run(
-        [*command, "-m", "dpdm", *arguments], env={"OMP_NUM_THREADS": threads, **os.environ}, check=False
-    )
-    if done.returncode:
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    # In a group of its own, so that a Ctrl-C in the terminal, too, reaches it once, through here.
+    process = subprocess.Popen([*command, "-m", "dpdm", *arguments], env=environment, process_group=0)
+    with _passed_on_to(process) as received:
+        status = process.wait()
+    if received:
+        raise KeyboardInterrupt
+    if status:
         raise RunError(f"Of {count} processes one ended early; its message stands above. What was saved is kept.")
     return 0
+
+
+@contextmanager
+def _passed_on_to(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
+    """Passes signals that ask for the end on to ``process``, that of the terminal's end as SIGTERM; yields what came.
+
+    Under nohup that of the terminal's end stays ignored.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

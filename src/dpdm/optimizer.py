@@ -14,6 +14,7 @@ from torch import Tensor
 from dpdm.errors import InputError
 
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
+LARGEST = 1e6  # of a learning rate and a weight decay: more is a slip
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -36,10 +37,10 @@ class OptimConfig:
     noise_floor: float = 0.1
 
     def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise InputError(f"Expected a finite optim.learning_rate > 0, got {self.learning_rate}.")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise InputError(f"Expected a finite optim.weight_decay >= 0, got {self.weight_decay}.")
+        if not 0 < self.learning_rate <= LARGEST:
+            raise InputError(f"Expected optim.learning_rate > 0 and <= {LARGEST:g}, got {self.learning_rate}.")
+        if not 0 <= self.weight_decay <= LARGEST:
+            raise InputError(f"Expected optim.weight_decay >= 0 and <= {LARGEST:g}, got {self.weight_decay}.")
         if self.schedule not in get_args(Schedule):
             raise InputError(f"Expected optim.schedule to be one of {list(get_args(Schedule))}, got {self.schedule!r}.")
         if not 0 < self.noise_floor <= 1:

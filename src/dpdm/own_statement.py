@@ -115,7 +115,8 @@ def make_statement(
         f"{words.others}, and has no key",
         "randomness": "ChaCha20 under a 256-bit key of the operating system, deleted from the run's folder at release",
         "floating_point": "clipping and summing are bounded with their rounding; the rounding inside the network's "
-        "kernels is not (below 1e-4 of a gradient in tests on a CPU, when another image joins the batch); "
+        "kernels is not (below 1e-4 of a gradient in tests in float32 on a CPU, when another image joins the batch; "
+        "more in bf16, in which a GPU computes unless told otherwise); "
         + (SECURE_NOISE if dp.secure_noise else FLOAT_NOISE),
         "group_privacy": {str(k): _group(epsilon, dp.delta, k, words.several) for k in (2, 5)},
         "composition_scope": "this release alone; other releases from the same images add up (dpdm account --compose)",

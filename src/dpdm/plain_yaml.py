@@ -15,16 +15,43 @@ MAX_BYTES = 2**19
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, of which a page of text can unfold to gigabytes; a date is a text."""
+    """YAML without aliases, of which a page of text can unfold to gigabytes, and without keys that occur twice.
+
+    Texts are dates, words such as yes and off, and numbers such as 007 and 1:30, which YAML 1.1 takes for others.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it holds an alias (*name): write the value itself")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{str(name)[:60]} stands there twice: join the two")
+        return super().construct_mapping(node, deep)
+
+
+TAG = "tag:yaml.org,2002:"
+PLAIN = {f"{TAG}bool": re.compile("true|True|TRUE|false|False|FALSE"), f"{TAG}int": re.compile("[-+]?(0|[1-9][0-9]*)")}
+SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+class _Plain:
+    """A pattern of YAML's, and one that the whole text must match, or must not."""
+
+    def __init__(self, tag: str, pattern: "re.Pattern[str]") -> None:
+        self._tag, self._pattern = tag, pattern
+
+    def match(self, text: str) -> bool:
+        if self._tag in PLAIN:
+            return bool(PLAIN[self._tag].fullmatch(text))
+        return bool(self._pattern.match(text)) and not SIXTIES.fullmatch(text)
+
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, _Plain(tag, pattern)) for tag, pattern in resolvers if tag != f"{TAG}timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -106,6 +133,8 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             content = parse_yaml(value)
         except ValueError as error:
             raise InputError(f"Expected a YAML value for {key}, got {value!r} ({error}).") from None
+        if isinstance(content, str) and " #" in value and value.strip()[0] not in "'\"":
+            content = value.strip()  # a path may hold what YAML takes for a comment
         for section in reversed(key.split(".")):
             content = {section: content}
         _put_over(merged, content)

@@ -9,6 +9,8 @@ from dpdm.errors import InputError
 from dpdm.privacy import accounting
 from dpdm.privacy.central import LARGEST_DATASET
 from dpdm.privacy.dpsgd import LARGEST_BATCH
+from dpdm.published_words import check_words
+from dpdm.untrusted import clean
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ def check_keys(config: Config) -> None:
             )
     else:
         check_public(config)
+    if config.model.ckpt is not None:
+        raise InputError(
+            f"Expected model.ckpt=null in training, got {config.model.ckpt}: it is a model to draw from; training "
+            "begins with the weights of a release by model.init."
+        )
     if not config.model.use_ema:
         raise InputError("Expected model.use_ema=true in training, got false: it is for checkpoints of the original.")
     if train.num_iterations is None and train.num_epochs is None:
@@ -134,3 +141,13 @@ def check_public(config: Config) -> None:
                 f"Expected {name}={said} with dp.enabled=false, got {str(value).lower()}: without privacy there is no "
                 "noise, nothing is protected, and training reads the images themselves."
             )
+
+
+def check_names(config: Config) -> None:
+    """Raises InputError if the names of the data and its classes, which are published, seem to be a path or a key."""
+    for key, names in (("data.name", [config.data.name or ""]), ("data.class_names", list(config.data.class_names))):
+        for name in names:
+            if problems := check_words(key, name):
+                raise InputError(
+                    f"Expected {key} that may be published, got {clean(name, 60)!r}: {problems[0]}; choose another."
+                )

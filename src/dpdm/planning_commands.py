@@ -36,6 +36,7 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
     or --compose alone, once for each private/ledger.jsonl or release/privacy.json from the same images.
     """
     from dpdm import account as accounts
+    from dpdm.evaluation.guarantee import round_up
 
     given = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is not None]
     if compose and given:
@@ -45,7 +46,8 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
         print(json.dumps(result))
     else:
         for name, value in result.items():
-            print(f"{name:17} {value:.6g}" if isinstance(value, float) else f"{name:17} {value}")
+            shown = round_up(value, 6) if name == "epsilon" else f"{value:.6g}" if isinstance(value, float) else value
+            print(f"{name:17} {shown}")
 
 
 @click.command(

@@ -37,17 +37,18 @@ from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
 from dpdm.device import environment, execution
-from dpdm.errors import InputError, RunError
+from dpdm.errors import DivergedError, InputError, RunError
 from dpdm.evaluation.classifiers import ExactClassifier
+from dpdm.evaluation.guarantee import round_up
 from dpdm.files import write_json, write_text
 from dpdm.generate import as_drawn, denoiser_with, draw
-from dpdm.plan import Plan, check_keys, make_plan
+from dpdm.plan import Plan, check_keys, check_names, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism, Repeats, Selection
 from dpdm.privacy.discrete import secure_gaussian
 from dpdm.privacy.ledger import Ledger
-from dpdm.privacy.selection import Best, repeat_and_select
-from dpdm.recipes import gaussian_noise_multiplier
+from dpdm.privacy.selection import repeat_and_select
+from dpdm.recipes import score_noise_multiplier
 from dpdm.run import set_up
 from dpdm.statement import SCORE, planned_steps
 from dpdm.synthesize import Request, claim, configure, prepare_data, start_over
@@ -57,7 +58,6 @@ from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
 SCORE_IMAGES = 2000  # synthetic images that the classifier learns from
-SCORE_NOISE = 0.01  # wanted standard deviation of the score, as a share of N
 PIECE = 1024  # images decoded at a time
 
 
@@ -108,7 +108,7 @@ def select(asked: SelectionRequest, workdir: Workdir) -> dict[str, Any]:
 
     Raises:
         InputError: for candidates of different cost, images without labels, or a folder with something else in it.
-        RunError: if the number of runs was drawn as 0, which a Poisson number may be.
+        RunError: if the number of runs was drawn as 0, which a Poisson number may be, or the selected run diverged.
     """
     if distributed.size() > 1:
         raise InputError(f"Expected one process for a private selection, got {distributed.size()}: leave out torchrun.")
@@ -132,7 +132,12 @@ def select(asked: SelectionRequest, workdir: Workdir) -> dict[str, Any]:
             )
             if best is None:
                 raise RunError("The number of runs was drawn as 0, so nothing is selected; what it cost stays charged.")
-            _keep(best, ledger, workdir)
+            if best.result is None:
+                raise RunError(
+                    "The selected run diverged, so nothing can be kept; what it cost stays charged: begin another in a "
+                    "new --workdir, with lower learning rates."
+                )
+            _keep(best.candidate, best.score, best.result, ledger, workdir)
         return _finish(found, workdir)
 
 
@@ -157,6 +162,7 @@ def find_candidates(asked: SelectionRequest, workdir: Workdir, real: ImageArchiv
                 "Expected neither model.init nor dp.enabled=false with --mean-runs, got one of them: every run begins "
                 "with fresh weights and is private; leave it out."
             )
+        check_names(made[-1])
         check_keys(made[-1])  # what is impossible is found before anything is bought
         check_covariances(made[-1].train.warmup, real, base.data.num_classes)
         if made[-1].sampler.labels not in (None, made[-1].data.num_classes):
@@ -211,22 +217,13 @@ def check_same_cost(made: Sequence[Config], overrides: Sequence[Sequence[str]], 
                 )
 
 
-def score_noise_multiplier(dataset_size: int, epsilon: float, delta: float) -> float:
-    """Returns the noise of the score: 1 % of N, but never more than a small share of the budget.
-
-    With 10 (30) times what would spend the whole budget in one Gaussian release the score takes 1 % (0.1 %) of a run's.
-    """
-    whole = gaussian_noise_multiplier(epsilon, delta)
-    return float(f"{min(max(SCORE_NOISE * dataset_size, 10 * whole), 30 * whole):.3g}")
-
-
 def announcement(found: Candidates) -> str:
     """Returns what will be spent, and the candidates, before anything is."""
     plan, repeats = found.plan, found.selection.repeats
     lines = [configs.to_yaml(found.configs[0]), "Candidates, on top of these settings:"]
     lines += [f"  {number}: {' '.join(values) or 'as they are'}" for number, values in enumerate(found.overrides, 1)]
     lines += [
-        f"Privacy: at most epsilon={plan.epsilon:.4g} at delta={plan.delta:g}, adding or removing one of "
+        f"Privacy: at most epsilon={round_up(plan.epsilon)} at delta={plan.delta:g}, adding or removing one of "
         f"{plan.dataset_size} {plan.unit}s, for all runs together.",
         f"  A secret number of runs, {repeats.mean_runs:g} on average ({repeats.distribution}), of which the best is "
         "kept; each of",
@@ -278,12 +275,16 @@ def _open_books(found: Candidates, real: ImageArchive, workdir: Workdir) -> tupl
 
 def _one_run(
     found: Candidates, real: ImageArchive, workdir: Workdir, number: int, key: bytes
-) -> tuple[float, TrainState]:
+) -> tuple[float, TrainState | None]:
     """Trains one candidate and returns its noisy score and state; leaves nothing else behind.
 
+    A run that diverges has no images: none is right, its score is noise alone, and its state is None.
+
     Guarantee: given the candidate, what is returned is the output of the selection's base under ``key``: central
-    images, DP-SGD and score, each with a key of its own. The state's curves, which have no noise, are emptied.
+    images, DP-SGD and score, each with a key of its own. That a run diverged follows from what DP-SGD released. The
+    state's curves, which have no noise, are emptied.
     """
+    mechanism = found.selection.base[-1]
     folder = Workdir(workdir.private / "run")
     shutil.rmtree(folder.root, ignore_errors=True)
     try:
@@ -292,7 +293,9 @@ def _one_run(
             state.curves.clear()
             images, labels = draw(denoiser_with(config, state.ema), as_drawn(config, state), num_images=SCORE_IMAGES)
             assert labels is not None  # images without labels were refused
-            score = noisy_score(ExactClassifier(images, labels), real, found.selection.base[-1], key)
+            score = noisy_score(ExactClassifier(images, labels), real, mechanism, key)
+    except DivergedError:
+        return noisy_count(0, mechanism, key), None
     finally:
         shutil.rmtree(folder.root, ignore_errors=True)
     return score, state
@@ -312,6 +315,11 @@ def noisy_score(classifier: ExactClassifier, real: ImageArchive, mechanism: Mech
     for start in range(0, count, PIECE):
         rows = chosen[start : start + PIECE]
         right += int((classifier.predict(real.read(rows)) == real.labels[rows]).sum())
+    return noisy_count(right, mechanism, key)
+
+
+def noisy_count(right: int, mechanism: Mechanism, key: bytes) -> float:
+    """Returns a count plus ``mechanism``'s Gaussian noise, of a run's ``key``."""
     noisy = secure_gaussian(
         np.array([float(right)]),
         sensitivity=1.0,
@@ -321,11 +329,11 @@ def noisy_score(classifier: ExactClassifier, real: ImageArchive, mechanism: Mech
     return float(noisy[0])
 
 
-def _keep(best: Best[TrainState], ledger: Ledger, workdir: Workdir) -> None:
+def _keep(candidate: int, score: float, state: TrainState, ledger: Ledger, workdir: Workdir) -> None:
     """Saves the chosen run, in one file that appears whole: from then on the selection is over."""
-    device = next(iter(best.result.parameters.values())).device
-    facts = {"candidate": best.candidate, "score": best.score, "environment": environment(device)}
-    checkpoint.save(workdir.checkpoint, best.result, {**facts, "ledger": ledger.last_line})
+    device = next(iter(state.parameters.values())).device
+    facts = {"candidate": candidate, "score": score, "environment": environment(device)}
+    checkpoint.save(workdir.checkpoint, state, {**facts, "ledger": ledger.last_line})
 
 
 def _finish(found: Candidates, workdir: Workdir) -> dict[str, Any]:

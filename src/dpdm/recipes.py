@@ -21,6 +21,7 @@ LARGE = 10_000  # images, or groups of them, from which a larger network pays
 CENTRAL_NOISE = 0.13  # wanted standard deviation of a noisy mean's pixels, which run from 0 to 1
 FINE_CENTRAL_NOISE = 0.03  # the same for large data sets, which can afford it
 COARSEST = 4  # smallest side, in pixels, that the network works at
+SCORE_NOISE = 0.01  # wanted standard deviation of a selection's score, as a share of N
 COUNT_WEIGHT = 0.2  # makes the noise of the means 2 % more, and of a class's size five of their noise multipliers
 COVARIANCE_COST = 2.4  # their noise multiplier, in ones of a release that would spend all of epsilon: a sixth of it
 COARSEST_COVARIANCE = 4  # most by which a side is reduced for them
@@ -116,6 +117,15 @@ def _covariances(side: int, noise_multiplier: float) -> list[str]:
         f"train.warmup.covariance_side={side}",
         *(f"train.warmup.{name}=0" for name in ("augmentation", "blur", "contrast")),
     ]
+
+
+def score_noise_multiplier(dataset_size: int, epsilon: float, delta: float) -> float:
+    """Returns the noise of the score: 1 % of N, but never more than a small share of the budget.
+
+    With 10 (30) times what would spend the whole budget in one Gaussian release the score takes 1 % (0.1 %) of a run's.
+    """
+    whole = gaussian_noise_multiplier(epsilon, delta)
+    return float(f"{min(max(SCORE_NOISE * dataset_size, 10 * whole), 30 * whole):.3g}")
 
 
 def gaussian_noise_multiplier(epsilon: float, delta: float) -> float:

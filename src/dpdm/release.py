@@ -29,9 +29,10 @@ from dpdm.generate import as_drawn, denoiser_with, draw, grid
 from dpdm.initial import read_sources
 from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.own_statement import ROUNDING, claim_statement, make_statement, public_statement
-from dpdm.plan import check_public
+from dpdm.plan import check_names, check_public
 from dpdm.privacy.ledger import Ledger
 from dpdm.released_files import network_shapes, to_half
+from dpdm.run import SELECTED
 from dpdm.workdir import Workdir
 
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
@@ -95,6 +96,10 @@ def _finished(workdir: Workdir) -> tuple[Config, TrainState, Ledger]:
     if workdir.release.exists():
         forget_keys(workdir)  # a release that was killed right after its renaming may have left them
         raise InputError(f"Expected no release in {workdir.root}, got one: a run is released once.")
+    if workdir.released.exists():
+        raise InputError(
+            f"Expected a run that was not released, got one whose release left {workdir.root}: bring it back."
+        )
     if not workdir.checkpoint.exists():
         raise InputError(f"Expected a trained model in {workdir.private}, found none: run dpdm train first.")
     config = configs.load([workdir.config])
@@ -105,6 +110,11 @@ def _finished(workdir: Workdir) -> tuple[Config, TrainState, Ledger]:
     state, facts = checkpoint.load(workdir.checkpoint)
     ledger = Ledger(workdir.ledger)
     checkpoint.check_accounted(state, facts, ledger)
+    if ledger.header.get("part_of_selection"):
+        raise InputError(
+            f"Expected a run of its own in {workdir.root}, got one of a private selection, which is not released by "
+            f"itself: {SELECTED}."
+        )
     if configs.run_hash(config) not in ledger.header.get("candidates", [ledger.header["config"]]):
         raise RunError(
             f"Expected {workdir.config} as the run was begun with it, got another: the statement would be wrong; undo "
@@ -131,6 +141,12 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Pa
         raise InputError(f"Expected --ema to be one of {rates}, which the run kept, got {ema_rate}: name another.")
     rate = ema_rate if ema_rate is not None else config.model.ema_rate
     average = merged(_average(config, state, rate))
+    if not all(bool(tensor.isfinite().all()) for tensor in average.values()):
+        raise RunError(
+            f"Expected finite weights in {workdir.checkpoint}, got others: training has diverged; start a new run with "
+            "a lower optim.learning_rate."
+        )
+    check_names(config)
     config = replace(config, model=replace(config.model, ema_rate=rate, ema_rates=()))
     config = as_drawn(config, state)
     if config.train.warmup.counts(config.data.num_classes or 0) and not config.sampler.class_weights:
@@ -214,7 +230,8 @@ def write_release(
 
 
 def forget_keys(workdir: Workdir) -> None:
-    """Deletes the run's keys from its folder (copies and the disk's old blocks are the owner's business)."""
+    """Deletes a released run's keys from its folder (copies and the disk's old blocks are the owner's business)."""
+    write_text(workdir.released, "Released once; no second release is made of this run.\n", mode=0o600)
     for key in (workdir.key, workdir.holdout_key):
         key.unlink(missing_ok=True)
 

@@ -32,8 +32,6 @@ TENSORS_PER_BLOCK = 8  # at least, of a residual block
 MAX_PAGE_BYTES = 16 * 2**20
 BYTES_PER_READ = 2**24
 FLOAT32, FLOAT16 = ("F32", "<f4"), ("F16", "<f2")  # in safetensors' words and numpy's
-PATH = re.compile(r"""(?:^|[\s"'`(=:,])((?:/|~/|file://|[A-Za-z]:\\|\\\\)[^\s"'`/\\]+[/\\][^\s"'`)]*)""")
-HEX = re.compile(r"(?<![0-9A-Za-z])[0-9a-fA-F]{32,}(?![0-9A-Za-z])")
 PICTURE = re.compile(r"data:image/(png|jpeg);base64,([A-Za-z0-9+/=]*)")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -58,24 +56,6 @@ def read_json(path: Path) -> tuple[Any, list[str]]:
     if written.encode("utf-8", errors="replace") != content:
         return value, [f"{path.name} is not written as dpdm writes it: it holds other spaces, escapes or digits"]
     return value, []
-
-
-def check_words(name: str, text: str, allowed: frozenset[str] = frozenset()) -> list[str]:
-    """Returns a line for each kind of secret that words seem to hold: a path of a machine; a key, hash or fingerprint.
-
-    Args:
-        name: of the file.
-        text: its words.
-        allowed: hashes that may be there.
-    """
-    problems = []
-    found = PATH.search(text)
-    if found:
-        problems.append(f"{name} seems to name a path of a machine: {clean(found[1], 60)}")
-    hexes = [digits for digits in HEX.findall(text) if digits.lower() not in allowed]
-    if hexes:
-        problems.append(f"{name} holds {len(hexes[0])} hex digits that are no hash of a released file: a key?")
-    return problems
 
 
 def network_shapes(config: Config, num_tensors: int) -> Shapes:

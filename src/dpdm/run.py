@@ -5,6 +5,7 @@ rank 0 alone; the other processes are handed what they need for a step, never th
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from dpdm.data.archive import ImageArchive, is_archive
 from dpdm.data.on_device import ImagesOnDevice, size_of
 from dpdm.data.prepare import prepare
 from dpdm.device import (
+    code_hash,
     environment,
     execution,
     free_memory,
@@ -34,16 +36,19 @@ from dpdm.device import (
 from dpdm.diffusion.adapters import freeze, trained_parameters
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError
+from dpdm.evaluation.fid import references
 from dpdm.files import write_text
 from dpdm.initial import Initial, open_initial, take
 from dpdm.physical_batch import physical_batch_size
-from dpdm.plan import Plan, check_keys, make_plan
+from dpdm.plan import Plan, check_keys, check_names, make_plan
 from dpdm.privacy import noise
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
 from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
+SELECTED = "give dpdm tune's own command once more, which begins anew for nothing more"
+LAST_DIGITS = 3e-4  # by how much noise, rounded to 5 digits, and epsilon of one plan may differ between machines
 SHARE_FOR_IMAGES = 0.25  # of a device's free memory; physical batches leave as much of it
 
 
@@ -99,10 +104,10 @@ class Books:
         """Returns the ledger's name for a purchase, and the key of its randomness.
 
         Guarantee: both depend on the run's key, the data, the config, what is bought, and on how it is computed
-        (code, libraries, hardware, threads, processes, physical batch; see ``execution``). So the same randomness is
-        not used for two computations that differ; on a CPU, whoever repeats a purchase with the same identity gets the
-        same bits. Central images and covariances are exact integer sums, which no hardware changes; they depend on the
-        code alone.
+        (code, libraries, hardware, threads, physical batch, of all processes; see ``execution``). So the same
+        randomness is not used for two computations that differ; on a CPU, whoever repeats a purchase with the same
+        identity gets the same bits. Central images and covariances are exact integer sums, which no hardware changes:
+        of how they are computed, the code alone counts.
 
         With dp.seed there is no guarantee, and a step's randomness depends on its number alone: so that runs which
         differ in rounding can be compared.
@@ -114,6 +119,8 @@ class Books:
         if what[0] == "DP-SGD" and not seeded:
             bf16 = int(use_bf16(config.setup.precision, self.run.device))
             context = (*context, self.execution, self.run.physical_batch_size, bf16)
+        elif not seeded:
+            context = (*context, code_hash())
         return noise.derive_key(self.key, "identity", *context).hex(), noise.derive_key(
             self.key, "randomness", *context
         )
@@ -137,8 +144,8 @@ class Books:
         name, key = self.identity(mechanism.name)
         if self.ledger.spent(mechanism.name) and not self.ledger.was_charged(name):
             raise InputError(
-                f"Expected the key with which the {mechanism.name} were bought, got another: they would have to be "
-                "bought again; start a new run."
+                f"Expected the key and the version of dpdm with which the {mechanism.name} were bought, got another: "
+                "they would have to be bought again; go on with that version, or start a new run."
             )
         self.ledger.reserve(mechanism, name)
         return key
@@ -165,8 +172,14 @@ def open_run(
         opened.append((run, books, state))
         return run.config, run.archive.path.resolve(), run.plan, run.data_fingerprint, run.physical_batch_size
 
+    if len(set(distributed.gather(code_hash()))) > 1:
+        raise InputError("Expected the same dpdm in all processes, got others: install one version on all machines.")
     facts = distributed.on_main(open_books)
-    return opened[0] if opened else _join(*facts)
+    run, books, state = opened[0] if opened else _join(*facts)
+    everybodys = distributed.gather(execution(run.device))
+    if books:
+        books.execution = "\n".join(everybodys)
+    return run, books, state
 
 
 def share_state(state: TrainState) -> None:
@@ -266,6 +279,8 @@ def _open_books(
             "not come from the keyed stream."
         )
     check_keys(config)
+    if config.evaluation.fid_every is not None:
+        references(config.evaluation)  # before there is a run
     if workdir.release.exists():
         raise InputError(
             f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
@@ -275,6 +290,7 @@ def _open_books(
     try:
         archive = open_archive(config, workdir)
         config = configs.resolve(config, archive)
+        check_names(config)
         check_covariances(config.train.warmup, archive, config.data.num_classes or 0)
         plan = make_plan(config, archive.num_records)
         images = images_on_device(config, archive, device)
@@ -291,19 +307,23 @@ def _open_books(
     else:
         key = (new_key or noise.new_key()) if config.dp.seed is None else noise.test_key(config.dp.seed)
     fingerprint = archive.fingerprint()
-    header = {"data": fingerprint, "plan": json.loads(json.dumps(asdict(plan))), "config": configs.run_hash(config)}
+    header = {"data": fingerprint, "plan": _plain(plan), "config": configs.run_hash(config)}
     header["key"] = noise.derive_key(key, "its name in the ledger").hex()
+    header["part_of_selection"] = new_key is not None
     header["initial_weights"] = [source.as_dict() for source in initial.sources] if initial else []
     if exists:
         ledger = Ledger(workdir.ledger, repair=True)
+        plan = _as_begun(plan, ledger.header)
+        header["plan"] = _plain(plan)
         _check_header(ledger.header, header, workdir)
+        configs.save(config, workdir.config)  # with what may change: where things lie, how images are drawn, names
     else:
         configs.save(config, workdir.config)
         _write_key(workdir, key)
         ledger = Ledger.create(workdir.ledger, header)
     size = physical_batch_size(config, device)
     run = Run(config, archive, plan, denoiser, device, fingerprint, size, images)
-    books = Books(run, workdir, ledger, key, execution(device))
+    books = Books(run, workdir, ledger, key, execution="")  # open_run fills it in, of all processes
     if not workdir.checkpoint.exists():
         if lost := ledger.spent("DP-SGD"):  # there is a checkpoint before the first step
             print(
@@ -372,7 +392,28 @@ def _parameters(denoiser: Denoiser) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in denoiser.network.named_parameters()}
 
 
+def _plain(plan: Plan) -> dict[str, Any]:
+    """Returns a plan as it stands in a ledger."""
+    return json.loads(json.dumps(asdict(plan)))
+
+
+def _as_begun(plan: Plan, header: dict[str, Any]) -> Plan:
+    """Returns ``plan`` with the noise and the epsilon of the ledger's, if they are the same but for their last digits.
+
+    Another processor or library may find others there, and a run goes on with the noise with which it began.
+    """
+    old = header.get("plan", {})
+    found = {name: old.get(name) for name in ("noise_multiplier", "epsilon")}
+    close = (
+        isinstance(value, float) and math.isclose(value, getattr(plan, name), rel_tol=LAST_DIGITS)
+        for name, value in found.items()
+    )
+    return replace(plan, **found) if all(close) else plan
+
+
 def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) -> None:
+    if old.get("part_of_selection") and not new["part_of_selection"]:
+        raise InputError(f"Expected a run of its own in {workdir.root}, got one of a private selection: {SELECTED}.")
     for part, what in (("data", "images"), ("config", "config"), ("plan", "privacy plan")):
         if old.get(part) != new[part]:
             raise InputError(

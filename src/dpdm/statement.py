@@ -4,6 +4,7 @@ Two accountants that share no code must find the stated epsilon. Every other num
 the released config; every sentence must be the one that dpdm writes for such a run, if the same version wrote it.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from dpdm.initial import Source, read_sources
 from dpdm.own_statement import LIBRARIES, WORDS, make_statement, public_statement
 from dpdm.privacy import accounting, second_accountant, second_selection
 from dpdm.privacy.accounting import Mechanism, Selection, Spend, parts, spend_from
+from dpdm.recipes import score_noise_multiplier
 from dpdm.release import ALLOWED
 from dpdm.untrusted import clean
 
@@ -143,16 +145,25 @@ def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: C
         facts.append(("sampling_rate", steps.sampling_rate, train.expected_batch_size / size))
         if dp.noise_multiplier is not None:
             facts.append(("noise_multiplier", steps.noise_multiplier, dp.noise_multiplier))
-        if steps.num_steps > planned:
+        selects = any(isinstance(spend, Selection) for spend in mechanisms)
+        if steps.num_steps > planned or (selects and steps.num_steps < planned):  # a run of a selection is never cut
             problems.append(f"{steps.num_steps} steps of DP-SGD are stated, config.json asks for {planned}")
+    if score := used.get(SCORE):
+        wanted = score_noise_multiplier(size, dp.epsilon or 0.0, delta) if dp.epsilon else None
+        facts.append(("the mechanism of the score", score, Mechanism(SCORE, 1.0, wanted, 1) if wanted else None))
     weights, num_classes = config.sampler.class_weights, config.data.num_classes or 0
     if len(set(weights)) > 1 and not train.warmup.counts(num_classes):
         problems.append("sampler.class_weights in config.json tell how frequent classes are, which was not bought")
     if (weights and len(weights) != num_classes) or any(weight != float(f"{weight:.4g}") for weight in weights):
         problems.append("sampler.class_weights in config.json are not one number of four digits for each class")
+    if not config.model.use_ema:
+        problems.append("model.use_ema in config.json is false, but a release holds an average")
+    if dp.epsilon is not None and not account.EPSILON_RANGE[0] <= dp.epsilon <= account.EPSILON_RANGE[1]:
+        problems.append(f"dp.epsilon in config.json is {dp.epsilon:g}, a budget that no run has")
     if dp.epsilon is not None and statement["epsilon"] > dp.epsilon * (1 + FIRST_TOLERANCE):
         problems.append(f"epsilon {statement['epsilon']:.6g} is above the budget in config.json, {dp.epsilon:g}")
-    return problems + [f"{name} is {clean(a)}, by config.json it is {clean(b)}" for name, a, b in facts if a != b]
+    differ = ((name, a, b) for name, a, b in facts if type(a) is not type(b) or a != b)  # for ==, True is 1
+    return problems + [f"{name} is {clean(a)}, by config.json it is {clean(b)}" for name, a, b in differ]
 
 
 def is_public(statement: Mapping[str, Any]) -> bool:
@@ -313,7 +324,10 @@ def _is_like(value: Any, own: Any) -> bool:
     """Whether a part of a statement is what a reader expects there: texts for texts, and the numbers for numbers."""
     if isinstance(own, dict):
         facts = {name: item for name, item in own.items() if not isinstance(item, str)}
-        return isinstance(value, dict) and facts == {name: item for name, item in value.items() if name in facts}
+        if not isinstance(value, dict):
+            return False
+        stated = {name: item for name, item in value.items() if name in facts}
+        return json.dumps(stated, sort_keys=True) == json.dumps(facts, sort_keys=True)  # for ==, True is 1
     if isinstance(own, list):
         kinds = {str, *map(type, own)}
         return isinstance(value, list) and all(type(item) in kinds for item in value)

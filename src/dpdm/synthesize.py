@@ -84,6 +84,7 @@ class Request:
             )
         if self.num_images is not None and self.num_images < 2:
             raise InputError(f"Expected --num-images >= 2, got {self.num_images}: they are compared with real ones.")
+        configs.load([], [f"sampler.num_images={self.num_images or 2}"])  # as it will be drawn
 
 
 def synthesize(request: Request, workdir: Workdir) -> dict[str, Any]:

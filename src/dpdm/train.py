@@ -30,7 +30,7 @@ from dpdm.diffusion.augmentation import NUM_DISTORTIONS, distort, mirror
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
-from dpdm.errors import RunError
+from dpdm.errors import DivergedError, RunError
 from dpdm.initial import read_sources
 from dpdm.monitor import Monitor
 from dpdm.optimizer import adam_step
@@ -140,7 +140,7 @@ def take_step(run: Run, state: TrainState, keys: StepKeys) -> str:
     """Makes one update of ``state``, whose weights are the network's, and returns the digest of what comes out.
 
     Raises:
-        RunError: see ``_end_of_step``.
+        DivergedError: see ``_end_of_step``.
     """
     trained = trained_parameters(run.denoiser.network)
     step = private_step(run, trained, keys) if run.plan.is_private else public_step(run, trained, keys)
@@ -351,12 +351,12 @@ def _end_of_step(state: TrainState, step: PrivateGradient | PublicGradient) -> s
     """Notes the step's figures in the curves and returns the state's digest: here, once, the host waits for a GPU.
 
     Raises:
-        RunError: if the step's gradient was not finite; nothing of it has been kept.
+        DivergedError: if the step's gradient or what it made of the weights is not finite; nothing of it has been kept.
     """
     figures, *tensors = to_host([step.figures, *state.hashed().values()])
     step = replace(step, figures=figures)
     if not step.is_finite:
-        raise RunError(
+        raise DivergedError(
             "Expected a finite gradient of the whole step, got another one: weights that are not finite, or a fault of "
             "the device; go on with --resume, or start again with a lower optim.learning_rate."
         )
@@ -365,6 +365,11 @@ def _end_of_step(state: TrainState, step: PrivateGradient | PublicGradient) -> s
         values["clip_fraction"] = step.clip_fraction
     for name, value in values.items():
         state.curves.setdefault(name, []).append(float(value))
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise DivergedError(
+            "Expected finite weights after the step, got others: training has diverged; start again with a lower "
+            "optim.learning_rate."
+        )
     return state.digest(tensors)
 
 

@@ -26,6 +26,7 @@ from dpdm.evaluate import ImageSet, read_set
 from dpdm.evaluation.classifiers import logistic_regression_accuracy
 from dpdm.evaluation.features import extract, pixel_extractor, train_feature_extractor
 from dpdm.evaluation.frechet import feature_statistics, frechet_distance
+from dpdm.evaluation.guarantee import round_up
 from dpdm.files import write_text
 from dpdm.generate import as_drawn, denoiser_with, draw
 from dpdm.plain_yaml import read_overrides, read_yaml
@@ -37,6 +38,7 @@ from dpdm.train import train
 from dpdm.workdir import Workdir
 
 MAX_CANDIDATES = 100
+FIXED_DP = ("dp.epsilon", "dp.noise_multiplier", "dp.delta", "dp.seed", "dp.enabled")  # or a section that holds one
 SCORE_IMAGES = 2000  # synthetic images that a candidate is judged by
 HOLDOUT_KEY = bytes(32)  # of public images: anybody may know which were held out
 
@@ -134,9 +136,11 @@ def write_yaml(text: str, path: Path) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raises InputError if there is something at ``path``."""
+    """Raises InputError if there is something at ``path``, or no folder that could hold it."""
     if path.exists():
         raise InputError(f"Expected no file at {path}, got one: choose another name for --yaml.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"Expected --yaml in a folder, got {path}: {path.parent} is none; make it first.")
 
 
 @dataclass(frozen=True)
@@ -169,9 +173,15 @@ class PublicChoice:
                 f"Expected a data set that is known by name, or --public, got {self.source}: a choice on private "
                 "images has to be charged (--mean-runs)."
             )
+        account.check_target(self.epsilon, None, "--epsilon", "dp.noise_multiplier")
+        if not 1 <= self.dataset_size <= account.LARGEST_DATASET:
+            raise InputError(f"Expected --dataset-size >= 1 and <= {account.LARGEST_DATASET}, got {self.dataset_size}.")
+        if self.delta is not None:
+            accounting.check_delta_for(self.delta, self.dataset_size)
         for override in (*self.overrides, *(value for values in self.candidates or () for value in values)):
-            if override.startswith(("dp.epsilon=", "dp.noise_multiplier=", "dp.delta=", "dp.seed=", "data.")):
-                raise InputError(f"Expected no {override.partition('=')[0]} here, got {override!r}: give the options.")
+            key = override.partition("=")[0]
+            if key == "data" or key.startswith("data.") or any(f"{fixed}.".startswith(f"{key}.") for fixed in FIXED_DP):
+                raise InputError(f"Expected no {key} here, got {override!r}: give the options.")
 
     @property
     def name(self) -> str:
@@ -332,7 +342,7 @@ def _plan_lines(config: Config, plan: Plan) -> list[str]:
     lines = [
         f"Plan: {plan.num_iterations} steps on batches of {plan.expected_batch_size} (sampling rate "
         f"{plan.sampling_rate:.4g}), noise multiplier {plan.noise_multiplier:g}, clipping norm "
-        f"{config.dp.clipping_norm:g}: epsilon {plan.epsilon:.4g}.",
+        f"{config.dp.clipping_norm:g}: epsilon {round_up(plan.epsilon)}.",
     ]
     lines += [f"Before them {m.name}, noise multiplier {m.noise_multiplier:g}." for m in plan.warmup]
     return lines

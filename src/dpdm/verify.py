@@ -26,12 +26,12 @@ from dpdm.evaluation.one_page import one_page, public_page
 from dpdm.evaluation.report import SharedReport, write_shareable_report
 from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.privacy import accounting
+from dpdm.published_words import check_words
 from dpdm.release import ALLOWED, CONVERTED_SECTIONS, redacted
 from dpdm.released_files import (
     MAX_WEIGHTS_BYTES,
     MAX_WORDS_BYTES,
     check_weights,
-    check_words,
     read_json,
     scan_images,
     sha256,
@@ -255,18 +255,23 @@ def _differences(
 
 def _check_words(release: Path, content: dict[str, Any], config: Config) -> list[str]:
     """Returns which words seem to be a path or a key, and whether the model card is another than the statement's."""
-    sources, _ = statement.check_sources(content, config)
-    named = [content.get("checkpoint_sha256"), config.model.init_sha256, *(source.sha256 for source in sources)]
-    hashes = {str(value).lower() for value in [*content["files"].values(), *named]}
+    hashes = _hashes(content, config)
     try:
         card = read_bytes(release / "README.md", MAX_WORDS_BYTES).decode("utf-8")
     except ValueError:
         card = ""  # which is a problem already
     texts = {"README.md": card, "privacy.json": json.dumps(content), "config.json": json.dumps(redacted(config))}
-    problems = [line for name, text in texts.items() for line in check_words(name, text, frozenset(hashes))]
+    problems = [line for name, text in texts.items() for line in check_words(name, text, hashes)]
     if statement.writer(content) == version("dpdm") and card != _own_card(content, config):
         problems.append("README.md is not the model card that dpdm makes of this statement")
     return problems
+
+
+def _hashes(content: dict[str, Any], config: Config) -> frozenset[str]:
+    """Returns the hashes that a release may name: of its own files, and of weights that it began with."""
+    sources, _ = statement.check_sources(content, config)
+    named = [content.get("checkpoint_sha256"), config.model.init_sha256, *(source.sha256 for source in sources)]
+    return frozenset(str(value).lower() for value in [*content["files"].values(), *named])
 
 
 def _own_card(content: dict[str, Any], config: Config) -> str | None:
@@ -284,15 +289,24 @@ def _check_images(release: Path, images: Path | None, config: Config, found: Fin
     for path in [images] if images else synthetic_images(release):
         found.images[path.name], problems = scan_images(path, config)
         found.problems += problems
+    if images and not (problems or found.images[images.name]):
+        found.problems.append(f"{clean(images.name, 100)} holds no images")
     run = _run_of(release)
-    if run and run.shareable.exists() and statement.writer(found.statement) == version("dpdm"):
+    if run and run.shareable.exists():
         found.problems += _check_page(run.shareable, release, found.statement, config)
+        if statement.writer(found.statement) != version("dpdm"):
+            found.notices.append(f"Nor were the words of {run.shareable.name} beside it.")
 
 
 def _check_page(path: Path, release: Path, content: dict[str, Any], config: Config) -> list[str]:
-    """Returns what ``shareable.html`` holds beside the release and pictures: its text is made again and compared."""
+    """Returns what ``shareable.html`` holds beside the release and pictures: its text is made again and compared.
+
+    Of a page by another version of dpdm the pictures are looked through, and its words for a path or a key.
+    """
     try:
         text, problems = split_page(path)
+        if statement.writer(content) != version("dpdm"):
+            return problems + check_words(path.name, text, _hashes(content, config))
         report = SharedReport(
             statement=content,
             synthetic=np.zeros((1, config.data.num_channels or 1, 1, 1), np.uint8),

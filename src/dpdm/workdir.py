@@ -42,6 +42,10 @@ class Workdir:
         return self.private / "checkpoint.safetensors"
 
     @property
+    def released(self) -> Path:
+        return self.private / "released"
+
+    @property
     def train_archive(self) -> Path:
         return self.private / "train.zip"
 

@@ -123,7 +123,7 @@ def test_a_group_beyond_all_floats_has_no_promise() -> None:
             for case in (
                 (40.0, 1e-5, 1e-4, 1_000_000, None),
                 (100.0, 1e-13, 0.33, 2, None),
-                (100.0, 1e-13, 1e-3, 1_000_000, None),
+                (100.0, 5e-9, 1e-3, 1_000_000, None),
                 (99.0, 1e-5, 1e-9, 1, None),
                 (100.0, 1e-5, 1e-3, 3, None),
                 (100.0, 0.1, 1e-3, 1_000_000, None),

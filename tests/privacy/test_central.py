@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from dpdm.errors import InputError
 from dpdm.privacy import central
-from dpdm.privacy.central import GRID, LARGEST_DATASET, ClassMeans, WarmupConfig, class_sizes, noisy_class_means
+from dpdm.privacy.central import (
+    GRID,
+    LARGEST_DATASET,
+    ClassMeans,
+    WarmupConfig,
+    class_sizes,
+    largest_norm,
+    noisy_class_means,
+)
 from dpdm.privacy.noise import derive_key
 
 KEY = bytes(32)
@@ -189,13 +197,17 @@ def test_sizes_are_between_the_floor_and_what_it_leaves(
 
 @pytest.mark.parametrize("weight", [0.01, 0.2, 1.0])
 def test_rounding_of_the_largest_counts_is_paid_for(weight: float) -> None:
-    """In exact arithmetic: pixels of norm C_w (1 - 1e-7) and what one record moves the float64 count by."""
+    """In exact arithmetic: the largest norm of pixels, and what one record moves the float64 count by.
+
+    And pixels whose norm was computed 1e-8 too small, relative, are still no longer than C_w.
+    """
+    assert all(Fraction(largest_norm(norm)) * (1 + Fraction(1, 10**8)) < Fraction(norm) for norm in (1e-3, 0.7, 55.4))
     for norm in (0.7, 14.0, 55.426):
         unit = weight * norm
         sensitivity = Fraction(norm * math.hypot(1.0, weight))
         for total in (LARGEST_DATASET, LARGEST_DATASET - 1, 3_000_001, 2_796_203):
             count = Fraction(total * unit) - Fraction((total - 1) * unit)
-            assert Fraction(norm * (1 - 1e-7)) ** 2 + count**2 < sensitivity**2
+            assert Fraction(largest_norm(norm)) ** 2 + count**2 < sensitivity**2
 
 
 @pytest.mark.parametrize("weight", [-0.2, 0.009, 1.1, 1e-155, math.inf])

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from dpdm.privacy import poisson
 from dpdm.privacy.noise import derive_key
 from dpdm.privacy.poisson import physical_batches, poisson_sample
 
@@ -55,3 +56,9 @@ def test_physical_batches_hold_every_record_once(records: list[int], size: int) 
     pieces = physical_batches(batch, size)
     assert [record for piece in pieces for record in piece] == sorted(records)
     assert all(0 < len(piece) <= size for piece in pieces)
+
+
+def test_the_rate_is_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate of 1.5 2^-53 a record takes part for one of 2^53 numbers, not for two."""
+    monkeypatch.setattr(poisson, "random_words", lambda key, count: np.arange(count, dtype=np.uint64) << np.uint64(11))
+    assert poisson.poisson_sample(bytes(32), 4, 1.5 * 2.0**-53).tolist() == [0]

@@ -254,3 +254,35 @@ def test_a_delta_that_infinite_losses_pass_has_no_epsilon() -> None:
     below = second_accountant._Losses(np.array([-900, -899]), np.array([0.5, 0.4]), infinite=0.1, count=1)
     assert second_accountant._compose([below], 0.01, 0.5) == math.inf
     assert second_accountant._compose([below], 0.2, 0.5) == 0
+
+
+@pytest.mark.parametrize("adding", [False, True])
+def test_both_distributions_keep_all_their_mass(adding: bool) -> None:
+    """What is beyond the bins is kept, too, for one of the two alone."""
+    for use in (uses(1.0, 1.0, 1), uses(0.1, 0.7, 1), uses(0.9, 3.0, 1)):
+        o = second_accountant._outcomes(use, 0.01, 1.0)
+        ratios = 0.01 * (o.first + np.arange(len(o.masses)))
+        masses, rest = (o.masses * np.exp(-ratios), o.only_b) if adding else (o.masses, o.only_w)
+        assert math.isclose(float(masses.sum()) + rest, 1.0, rel_tol=1e-9)
+        assert rest > 1e-4
+
+
+def test_what_lies_above_the_ring_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a ring around the losses' mean, three deviations of them wide, most of what matters lies beyond."""
+    truth = gaussian(math.sqrt(100) / 20, 1e-5)
+    monkeypatch.setattr(second_accountant, "_chernoff", lambda *given: 0.01)
+    monkeypatch.setattr(second_accountant, "RING_DEVIATIONS", 3.0)
+    monkeypatch.setattr(second_accountant, "RING_TILTS", 0.0)
+    assert epsilon_upper_bound([uses(1.0, 20.0, 100)], 1e-5) > truth
+
+
+def test_the_rounding_of_the_transforms_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, ring = epsilon_upper_bound([uses(0.1, 2.0, 50)], 1e-5), second_accountant._ring
+
+    def coarse(*given: Any) -> tuple[np.ndarray, float]:
+        masses, rounding = ring(*given)
+        assert 0 < rounding < 1e-10
+        return masses, 1e-5
+
+    monkeypatch.setattr(second_accountant, "_ring", coarse)
+    assert epsilon_upper_bound([uses(0.1, 2.0, 50)], 1e-5) > 1.0001 * before

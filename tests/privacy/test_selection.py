@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from dpdm.errors import InputError
-from dpdm.privacy import accounting
+from dpdm.privacy import accounting, selection
 from dpdm.privacy.accounting import (
     Distribution,
     Mechanism,
@@ -293,3 +294,18 @@ def _poisson(key: bytes) -> int:
 def test_bad_arguments_are_named(call: Callable[[], object]) -> None:
     with pytest.raises(InputError, match=r"^Expected "):
         call()
+
+
+@pytest.mark.parametrize("mean", [1.01, 3.0, 100.0])
+def test_the_logarithmic_mean_is_at_most_the_stated_one(mean: float) -> None:
+    with localcontext(prec=120):
+        g = selection._logarithmic_parameter(Decimal(mean))
+        assert (1 / g - 1) / -g.ln() <= Decimal(mean)
+
+
+def test_both_accountants_agree_where_a_use_costs_next_to_nothing() -> None:
+    """Of a Poisson number of runs: there the distance of the two distributions bounds delta better than any order."""
+    base = (Mechanism("DP-SGD", 0.00158, 0.5996, 1), Mechanism("noisy score", 1.0, 125.3, 1))
+    chosen = Selection("private selection", base, Repeats(8.319, "poisson"))
+    first, second = epsilon_spent([chosen], 1e-10), epsilon_with_selections([chosen], [], 1e-10)
+    assert 0.97 * first < second <= first * (1 + 1e-3)

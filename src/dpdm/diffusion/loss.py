@@ -26,6 +26,7 @@ from dpdm.diffusion.denoiser import (
 from dpdm.errors import InputError
 
 MAX_DRAWS = 10_000
+LARGEST = 1e6  # of a standard deviation, or of a rate of noise
 MAX_AUGMENTATION = 4.0
 
 
@@ -84,8 +85,8 @@ class LossConfig:
                 f"Expected 0 <= loss.augmentation <= {MAX_AUGMENTATION}, got {self.augmentation}: 1 is strong."
             )
         for name in ("p_std", "beta_min", "beta_d", "sigma_data"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise InputError(f"Expected loss.{name} to be positive and finite, got {getattr(self, name)}.")
+            if not 0.0 < getattr(self, name) <= LARGEST:
+                raise InputError(f"Expected loss.{name} > 0 and <= {LARGEST:g}, got {getattr(self, name)}.")
         if not math.isfinite(self.p_mean):
             raise InputError(f"Expected loss.p_mean to be finite, got {self.p_mean}: the paper uses -1.2.")
         if not -math.inf < self.logsnr_min < self.logsnr_max < math.inf:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.image_noise import PerImageNoise, image_labels
-from dpdm.errors import InputError, RunError
+from dpdm.errors import DivergedError, InputError
 
 MAX_STEPS, MAX_IMAGES = 10_000, 10**8
+LARGEST_SIGMA, SMALLEST_RHO = 1e6, 0.1
 SamplerType = Literal["ddim", "edm", "dpm_solver_pp"]
 OutputType = Literal["folder", "zip", "npz"]
 PrecisionType = Literal["float32", "bf16"]
@@ -90,7 +91,12 @@ class SamplerConfig:
             raise InputError(
                 f"Expected sampler.class_weights >= 0 and finite, one of them above 0, got {list(self.class_weights)}."
             )
-        self.sigmas()
+        levels = self.sigmas()
+        if not (bool(levels.isfinite().all()) and bool((levels[1:] < levels[:-1]).all()) and float(levels[-1]) > 0):
+            raise InputError(
+                f"Expected noise levels that fall and fit a float, got others by sampler.rho={self.rho}, "
+                f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: the paper uses 7, 0.002 and 80."
+            )
         if not math.isfinite(self.guidance_scale):
             raise InputError(f"Expected sampler.guidance_scale to be finite, got {self.guidance_scale}: 0 is off.")
         _check_churn(self.s_churn, self.s_min, self.s_max, self.s_noise)
@@ -331,7 +337,7 @@ def sample(
     Raises:
         InputError: if ``config.labels`` is no class, weights are not one a class, or guidance is asked of an
             unconditional model.
-        RunError: if an image is not finite.
+        DivergedError: if an image is not finite.
     """
     labels = image_labels(config.labels, seed, indices, num_classes, config.class_weights)
     noise = PerImageNoise(seed, indices, (num_channels, resolution, resolution), device)
@@ -345,7 +351,7 @@ def sample(
     finally:
         denoiser.train(was_training)
     if not torch.isfinite(x).all():
-        raise RunError("Expected finite images, got NaN or infinity: the weights are unusable; train again.")
+        raise DivergedError("Expected finite images, got NaN or infinity: the weights are unusable; train again.")
     return to_uint8(x).cpu(), labels
 
 
@@ -398,13 +404,13 @@ def _levels(sigmas: Tensor) -> list[float]:
 
 
 def _check_levels(sigma_min: float, sigma_max: float, rho: float) -> None:
-    if not 0.0 < sigma_min < sigma_max < math.inf:
+    if not 0.0 < sigma_min < sigma_max <= LARGEST_SIGMA:
         raise InputError(
-            f"Expected 0 < sampler.sigma_min < sampler.sigma_max, got {sigma_min} and {sigma_max}: "
-            "the paper uses 0.002 and 80."
+            f"Expected 0 < sampler.sigma_min < sampler.sigma_max <= {LARGEST_SIGMA:g}, got {sigma_min} and "
+            f"{sigma_max}: the paper uses 0.002 and 80."
         )
-    if not rho > 0.0:
-        raise InputError(f"Expected sampler.rho > 0, got {rho}: the paper uses 7.")
+    if not rho >= SMALLEST_RHO:
+        raise InputError(f"Expected sampler.rho >= {SMALLEST_RHO}, got {rho}: the paper uses 7.")
 
 
 def _check_churn(s_churn: float, s_min: float, s_max: float, s_noise: float) -> None:

@@ -227,6 +227,19 @@ def fid(moments: Moments, reference: Statistics) -> float:
     return distributed.on_main(lambda: frechet_distance(*moments.gaussian(), reference.mu, reference.sigma))
 
 
+def references(config: EvaluationConfig) -> "dict[Path, Statistics]":
+    """Returns the statistics to compare with, by their path.
+
+    Raises:
+        InputError: if there is no file or one cannot be used.
+    """
+    if not config.fid_stats:
+        raise InputError(
+            "Expected evaluation.fid_stats, got none: give a file of dpdm fid-stats, or evaluation.fid_every=null."
+        )
+    return {path: load_statistics(path) for path in config.paths}
+
+
 class FidMeter:
     """FID of images during training: opens extractor and statistics once.
 
@@ -243,12 +256,8 @@ class FidMeter:
     def __init__(
         self, config: EvaluationConfig, image_shape: tuple[int, int, int], *, device: torch.device | str = "cpu"
     ) -> None:
-        if not config.fid_stats:
-            raise InputError(
-                "Expected evaluation.fid_stats, got none: give a file of dpdm fid-stats, or evaluation.fid_every=null."
-            )
         with distributed.together():
-            self.references = {path: load_statistics(path) for path in config.paths}
+            self.references = references(config)
         self.extractor = open_extractor(config.extractor or INCEPTION, image_shape, device=device)
         with distributed.together():
             for path, reference in self.references.items():

@@ -18,6 +18,19 @@ GRID = 2.0**40
 LARGEST_DATASET = 2**22  # so many vectors in [0, 1], in units of the grid, fit 63 bits
 SMALLEST_COUNT_WEIGHT = 0.01  # with less, counts are noise alone
 LARGEST_COUNT_WEIGHT = 1.0  # so that the margin of 1e-7 in the norm of the pixels pays for the rounding of counts
+# More of these than so much cannot be computed, or is a slip; of noise multipliers account.py says what is too much.
+MOST_ABOVE_ZERO = {
+    "noise_multiplier": 1e30,
+    "means_per_class": 1e4,
+    "clipping_norm": 1e6,
+    "covariance_noise_multiplier": 1e30,
+    "covariance_clipping_norm": 1e6,
+    "covariance_side": 1e6,
+    "covariance_rank": 1e6,
+    "batch_size": 1e6,
+    "learning_rate": 1e6,
+}
+MOST_FROM_ZERO = {"count_weight": 1e6, "num_iterations": 1e9, "augmentation": 1e3, "blur": 1.0, "contrast": 1e3}
 LARGEST_PIXEL_NOISE = 0.3  # of a mean, whose pixels run from 0 to 1, that a small class's own size may bring about
 
 
@@ -68,23 +81,14 @@ class WarmupConfig:
     contrast: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in (
-            "noise_multiplier",
-            "means_per_class",
-            "clipping_norm",
-            "covariance_noise_multiplier",
-            "covariance_clipping_norm",
-            "covariance_side",
-            "covariance_rank",
-            "batch_size",
-            "learning_rate",
-        ):
+        for name, most in MOST_ABOVE_ZERO.items():
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"Expected a finite train.warmup.{name} > 0, got {value}.")
-        for name in ("count_weight", "num_iterations", "augmentation", "blur", "contrast"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"Expected a finite train.warmup.{name} >= 0, got {getattr(self, name)}.")
+            if value is not None and not 0 < value <= most:
+                raise InputError(f"Expected train.warmup.{name} > 0 and <= {most:g}, got {value}.")
+        for name, most in MOST_FROM_ZERO.items():
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise InputError(f"Expected train.warmup.{name} >= 0 and <= {most:g}, got {value}.")
         if self.count_weight and not SMALLEST_COUNT_WEIGHT <= self.count_weight <= LARGEST_COUNT_WEIGHT:
             raise InputError(
                 f"Expected train.warmup.count_weight=0, or in [{SMALLEST_COUNT_WEIGHT}, {LARGEST_COUNT_WEIGHT:g}], got "
@@ -120,6 +124,11 @@ class ClassMeans:
     means: np.ndarray
     sizes: np.ndarray
     frequencies: np.ndarray | None = None
+
+
+def largest_norm(clipping_norm: float) -> float:
+    """Returns the norm to which an image's pixels are clipped: less than asked for, by what rounding may add."""
+    return clipping_norm * (1 - 1e-7)
 
 
 def noisy_class_means(
@@ -173,7 +182,7 @@ def noisy_class_means(
     start = 0
     for piece in images:
         norms = np.sqrt(np.square(piece).sum(axis=1))
-        scale = np.minimum(1.0, clipping_norm * (1 - 1e-7) / np.maximum(norms, 1e-300))
+        scale = np.minimum(1.0, largest_norm(clipping_norm) / np.maximum(norms, 1e-300))
         if sums is None:
             sums = np.zeros((num_cells, piece.shape[1]), dtype=np.int64)
         np.add.at(sums, cells[start : start + len(piece)], (piece * scale[:, None] * GRID).astype(np.int64))

@@ -30,6 +30,7 @@ from dpdm.privacy.step_noise import StepNoise, add_noise
 TAU = 1e-6
 LARGEST_BATCH = 47_000
 SMALLEST_CLIPPING_NORM = 1e-30
+LARGEST_CLIPPING_NORM = 1e30  # of what float32 weights can use
 # Numbers that are converted to float64 at a time: on a CPU few enough to stay in the cache, on a GPU to fit its memory.
 PIECE_CPU = 2**18
 SMALL = 2**12  # gradients of so few numbers an example are laid side by side: each operation has its price
@@ -72,9 +73,10 @@ class DPConfig:
             raise InputError(f"Expected a finite dp.noise_multiplier > 0, got {self.noise_multiplier}.")
         if not 0 < self.delta < 1:
             raise InputError(f"Expected 0 < dp.delta < 1, got {self.delta}.")
-        if not SMALLEST_CLIPPING_NORM <= self.clipping_norm < math.inf:
+        if not SMALLEST_CLIPPING_NORM <= self.clipping_norm <= LARGEST_CLIPPING_NORM:
             raise InputError(
-                f"Expected a finite dp.clipping_norm >= {SMALLEST_CLIPPING_NORM}, got {self.clipping_norm}."
+                f"Expected dp.clipping_norm >= {SMALLEST_CLIPPING_NORM} and <= {LARGEST_CLIPPING_NORM}, got "
+                f"{self.clipping_norm}."
             )
 
 

@@ -35,7 +35,7 @@ import numpy as np
 from dpdm.errors import InputError
 from dpdm.privacy.second_accountant import Uses, check_uses
 
-ORDERS = 1 + np.geomspace(0.01, 1000.0, 360)
+ORDERS = 1 + np.geomspace(0.01, 1000.0, 1440)
 POINTS_PER_DEVIATION = 24
 TAIL = 14.0  # standard deviations beyond the outermost peak; e^(-98) lies outside
 ROUNDING = 1e-9  # added to each divergence, relative
@@ -94,9 +94,13 @@ def _selected(base: np.ndarray, repeats: RepeatCount) -> np.ndarray:
 
 
 def _delta_at(base: np.ndarray, epsilon: float) -> float:
-    """Returns delta for which divergences ``base`` mean (epsilon, delta)-privacy; the same proposition 12."""
+    """Returns delta for which divergences ``base`` mean (epsilon, delta)-privacy, by the same proposition 12.
+
+    No delta is above the total variation distance, which is at most sqrt(1 - e^-D) with D the divergence of order 1
+    (Bretagnolle and Huber 1979), or of any larger order.
+    """
     logs = (ORDERS - 1) * (base - epsilon + np.log1p(-1 / ORDERS)) - np.log(ORDERS)
-    return math.exp(min(0.0, float(logs.min())))
+    return min(math.exp(min(0.0, float(logs.min()))), math.sqrt(-math.expm1(-float(base[0]))))
 
 
 def _parameter(mean: float, shape: int) -> float:
