@@ -135,9 +135,11 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"Expected a YAML value for {key}, got {value!r} ({error}).") from None
         if isinstance(content, str) and " #" in value and value.strip()[0] not in "'\"":
             content = value.strip()  # a path may hold what YAML takes for a comment
-        for section in reversed(key.split(".")):
-            content = {section: content}
-        _put_over(merged, content)
+        *outer, last = key.split(".")
+        sections: dict[str, Any] = {last: content}
+        for section in reversed(outer):
+            sections = {section: sections}
+        _put_over(merged, sections)
     return merged
 
 

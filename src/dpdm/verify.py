@@ -288,9 +288,9 @@ def _check_images(release: Path, images: Path | None, config: Config, found: Fin
     """Looks through the synthetic images, and the page to be shared if it is beside the release."""
     for path in [images] if images else synthetic_images(release):
         found.images[path.name], problems = scan_images(path, config)
+        if images and not (problems or found.images[path.name]):
+            problems.append(f"{clean(path.name, 100)} holds no images")
         found.problems += problems
-    if images and not (problems or found.images[images.name]):
-        found.problems.append(f"{clean(images.name, 100)} holds no images")
     run = _run_of(release)
     if run and run.shareable.exists():
         found.problems += _check_page(run.shareable, release, found.statement, config)
