@@ -172,3 +172,28 @@ def test_built_in_candidates_can_be_loaded_and_differ() -> None:
         assert all(a != b for i, a in enumerate(found) for b in found[:i])
         costs = {(c.train.warmup.noise_multiplier, c.train.expected_batch_size) for c in found}
         assert (len(costs) == 1) == same_cost
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_size": -4}, "--dataset-size >= 1"),
+        ({"epsilon": float("nan")}, "--epsilon"),
+        ({"delta": 0.5}, "delta < 1/N"),
+        ({"overrides": ("dp={epsilon: 3}",)}, "Expected no dp here"),
+        ({"overrides": ("data={public: true}",)}, "Expected no data here"),
+        ({"overrides": ("dp.enabled=false",)}, r"Expected no dp\.enabled here"),
+        ({"candidates": ((), ("data.name=x",))}, r"Expected no data\.name here"),
+    ],
+)
+def test_what_the_options_say_is_not_said_otherwise_and_is_looked_at_first(
+    changes: dict[str, Any], message: str
+) -> None:
+    """No image was read, or fetched, for any of these."""
+    with pytest.raises(InputError, match=message):
+        PublicChoice(**{"source": "digits", "public": False, "dataset_size": 400, "epsilon": 1.0, **changes})
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="make it first"):
+        tune.check_new(tmp_path / "none" / "x.yaml")
