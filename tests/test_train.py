@@ -254,7 +254,7 @@ def test_noise_and_epsilon_may_differ_in_their_last_digits_on_another_machine(
 ) -> None:
     """The run goes on with the noise with which it began."""
     workdir, made = Workdir(tmp_path / "w"), run.make_plan
-    keys = ("dp.noise_multiplier=null", "dp.epsilon=3", "train.checkpoint_every=1")
+    keys = ("train.checkpoint_every=1", "train.warmup.enabled=false", "train.num_iterations=3")
     with pytest.MonkeyPatch.context() as patch:
         die_at(patch, "private_step", 3)
         with pytest.raises(DiedError):
