@@ -227,6 +227,15 @@ def test_a_forged_selection_is_refused(
     assert any(problem in line for line in found), found
 
 
+def test_a_selection_under_an_impossible_budget_is_told_in_words(chosen: Path, tmp_path: Path) -> None:
+    """There is no score's noise to compare with."""
+    shutil.copytree(chosen, tmp_path / "w")
+    assert run_command(["release", "--workdir", str(tmp_path / "w")]) == 0
+    edit(tmp_path / "w" / "release", "config.json", lambda c: c["dp"].update(epsilon=1e300))
+    found = verify(tmp_path / "w" / "release").problems
+    assert any("a budget that no run has" in line for line in found), found
+
+
 def test_everything_is_charged_before_the_first_run_and_a_killed_selection_is_replayed(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

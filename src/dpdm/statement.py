@@ -129,6 +129,8 @@ def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: C
     dp, train, size = config.dp, config.train, statement["dataset_size"]
     delta, used = statement["delta"], {m.name: m for m in parts(mechanisms)}
     bought = {m.name: m for m in train.warmup.mechanisms()}
+    low, high = account.EPSILON_RANGE
+    budget = dp.epsilon if dp.epsilon is not None and low <= dp.epsilon <= high else None
     facts: list[tuple[str, Any, Any]] = [
         ("differential privacy", True, dp.enabled),
         ("unit", statement.get("unit"), UNITS[config.data.unit]),
@@ -149,8 +151,8 @@ def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: C
         if steps.num_steps > planned or (selects and steps.num_steps < planned):  # a run of a selection is never cut
             problems.append(f"{steps.num_steps} steps of DP-SGD are stated, config.json asks for {planned}")
     if score := used.get(SCORE):
-        wanted = score_noise_multiplier(size, dp.epsilon or 0.0, delta) if dp.epsilon else None
-        facts.append(("the mechanism of the score", score, Mechanism(SCORE, 1.0, wanted, 1) if wanted else None))
+        wanted = None if budget is None else Mechanism(SCORE, 1.0, score_noise_multiplier(size, budget, delta), 1)
+        facts.append(("the mechanism of the score", score, wanted))
     weights, num_classes = config.sampler.class_weights, config.data.num_classes or 0
     if len(set(weights)) > 1 and not train.warmup.counts(num_classes):
         problems.append("sampler.class_weights in config.json tell how frequent classes are, which was not bought")
@@ -158,7 +160,7 @@ def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: C
         problems.append("sampler.class_weights in config.json are not one number of four digits for each class")
     if not config.model.use_ema:
         problems.append("model.use_ema in config.json is false, but a release holds an average")
-    if dp.epsilon is not None and not account.EPSILON_RANGE[0] <= dp.epsilon <= account.EPSILON_RANGE[1]:
+    if dp.epsilon != budget:
         problems.append(f"dp.epsilon in config.json is {dp.epsilon:g}, a budget that no run has")
     if dp.epsilon is not None and statement["epsilon"] > dp.epsilon * (1 + FIRST_TOLERANCE):
         problems.append(f"epsilon {statement['epsilon']:.6g} is above the budget in config.json, {dp.epsilon:g}")
