@@ -143,6 +143,11 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return merged
 
 
+def sets(override: str, key: str) -> bool:
+    """Whether an override sets ``key``, by itself or as a whole section that holds it."""
+    return f"{key}.".startswith(f"{override.partition('=')[0]}.")
+
+
 def _put_over(content: dict[str, Any], change: Mapping[str, Any]) -> None:
     for key, value in change.items():
         if isinstance(value, dict) and isinstance(content.get(key), dict):

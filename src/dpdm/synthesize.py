@@ -20,6 +20,7 @@ from dpdm.errors import InputError, RunError
 from dpdm.evaluate import ImageSet, evaluate, read_synthetic, summary, write_reports
 from dpdm.files import write_json, write_text
 from dpdm.generate import make_samples
+from dpdm.plain_yaml import sets
 from dpdm.privacy import accounting, noise
 from dpdm.recipes import SELECTION, recipe
 from dpdm.release import forget_keys, load_denoiser, make_release, sampling_config
@@ -69,9 +70,8 @@ class Request:
         if self.delta is not None and not 0 < self.delta < 1:
             raise InputError(f"Expected 0 < --delta < 1, got {self.delta}.")
         for override in self.overrides:
-            key = override.partition("=")[0]
             for fixed, why in FIXED.items():
-                if key == fixed or fixed.startswith(f"{key}."):  # or a whole section that holds it
+                if sets(override, fixed):
                     raise InputError(f"Expected no {fixed} after --, got {override!r}: {why}.")
         asked = configs.load([], self.overrides)  # a typo is found before the images are read
         usual = configs.load([])

@@ -29,7 +29,7 @@ from dpdm.evaluation.frechet import feature_statistics, frechet_distance
 from dpdm.evaluation.guarantee import round_up
 from dpdm.files import write_text
 from dpdm.generate import as_drawn, denoiser_with, draw
-from dpdm.plain_yaml import read_overrides, read_yaml
+from dpdm.plain_yaml import read_overrides, read_yaml, sets
 from dpdm.plan import Plan, make_plan
 from dpdm.privacy import accounting
 from dpdm.recipes import recipe
@@ -47,6 +47,15 @@ UTILITIES = {
     "accuracy": "accuracy on held-out images of logistic regression that learned from synthetic ones",
     "frechet": "Frechet distance of synthetic images to the stand-in's training images",
 }
+
+
+def _check_budget(dataset_size: int, epsilon: float, delta: float | None, unit: Unit = "image") -> None:
+    """Raises InputError unless the options' N, epsilon and delta can be accounted for; a delta of None always can."""
+    if not 1 <= dataset_size <= account.LARGEST_DATASET:
+        raise InputError(f"Expected --dataset-size >= 1 and <= {account.LARGEST_DATASET}, got {dataset_size}.")
+    account.check_target(epsilon, None, "--epsilon", "dp.noise_multiplier")
+    if delta is not None:
+        accounting.check_delta_for(delta, dataset_size, unit)
 
 
 @dataclass(frozen=True)
@@ -69,13 +78,10 @@ class Facts:
     unit: Unit = "image"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.dataset_size <= account.LARGEST_DATASET:
-            raise InputError(f"Expected --dataset-size >= 1 and <= {account.LARGEST_DATASET}, got {self.dataset_size}.")
-        account.check_target(self.epsilon, None, "--epsilon", "dp.noise_multiplier")
+        _check_budget(self.dataset_size, self.epsilon, self.delta, self.unit)
         if self.channels not in (1, 3):
             raise InputError(f"Expected --channels to be 1 (grey) or 3 (RGB), got {self.channels}.")
         configs.load([], self.of_data())
-        accounting.check_delta_for(self.the_delta, self.dataset_size, self.unit)
 
     @property
     def the_delta(self) -> float:
@@ -173,14 +179,10 @@ class PublicChoice:
                 f"Expected a data set that is known by name, or --public, got {self.source}: a choice on private "
                 "images has to be charged (--mean-runs)."
             )
-        account.check_target(self.epsilon, None, "--epsilon", "dp.noise_multiplier")
-        if not 1 <= self.dataset_size <= account.LARGEST_DATASET:
-            raise InputError(f"Expected --dataset-size >= 1 and <= {account.LARGEST_DATASET}, got {self.dataset_size}.")
-        if self.delta is not None:
-            accounting.check_delta_for(self.delta, self.dataset_size)
+        _check_budget(self.dataset_size, self.epsilon, self.delta)
         for override in (*self.overrides, *(value for values in self.candidates or () for value in values)):
             key = override.partition("=")[0]
-            if key == "data" or key.startswith("data.") or any(f"{fixed}.".startswith(f"{key}.") for fixed in FIXED_DP):
+            if key == "data" or key.startswith("data.") or any(sets(override, fixed) for fixed in FIXED_DP):
                 raise InputError(f"Expected no {key} here, got {override!r}: give the options.")
 
     @property
