@@ -332,7 +332,9 @@ def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
     assert "| K = 8 | `loss.noise_multiplicity=8` | 30.0 ± 10.0 %" in page.read_text()
 
 
-def test_what_the_warm_up_buys_is_measured_on_drawn_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_warm_up_buys_is_measured_on_drawn_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--data", "digits", "--noise-multiplier", "2", "--json"]
     central.main(words)
     means = json.loads(capsys.readouterr().out)
@@ -341,3 +343,6 @@ def test_what_the_warm_up_buys_is_measured_on_drawn_images(tmp_path: Path, capsy
     assert both["covariance_noise_multiplier"] == 2
     assert 0.6 < means["accuracy"] < both["accuracy"] + 0.1
     assert both["accuracy"] > 0.7  # by chance it would be 0.1
+    monkeypatch.setattr(central, "NUM_DRAWN_FOR_CNN", 2000)
+    central.main([*words, "--cnn"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 0.5

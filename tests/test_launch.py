@@ -62,16 +62,19 @@ def test_who_asks_the_command_to_end_asks_its_processes(number: int) -> None:
         "time.sleep(0.3)\n"
         "print(len(got), flush=True)\n"
     )
-    before = signal.getsignal(number)
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, process_group=0) as process:
-        assert process.stdout is not None
-        with launch._passed_on_to(process) as received:
-            assert process.stdout.readline() == b"ready\n"
-            os.kill(os.getpid(), number)
-            assert process.wait(timeout=30) == 0
-        assert process.stdout.read() == b"1\n"
-    assert received == [number]
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.default_int_handler)  # these tests themselves may run under nohup
+    try:
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, process_group=0) as process:
+            assert process.stdout is not None
+            with launch._passed_on_to(process) as received:
+                assert process.stdout.readline() == b"ready\n"
+                os.kill(os.getpid(), number)
+                assert process.wait(timeout=30) == 0
+            assert process.stdout.read() == b"1\n"
+        assert received == [number]
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_who_began_under_nohup_goes_on_without_a_terminal() -> None:

@@ -1,12 +1,14 @@
 """The warm-up looks at nothing but noisy means and public randomness, and its distortions are what they are called."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dctn, idctn
 from scipy.ndimage import gaussian_filter
 
 from dpdm import config, warmup
@@ -16,12 +18,13 @@ from dpdm.warmup import (
     Central,
     augment,
     central_images,
-    coarseness,
+    cosines,
     deviations,
     gaussian_blur,
     sampler,
     train_on_central_images,
     with_covariances,
+    without_noise,
 )
 
 
@@ -86,21 +89,49 @@ def test_training_on_means_is_a_function_of_means_and_seed() -> None:
     assert not torch.equal(results[0], results[2])
 
 
-def test_sides_are_reduced_by_whole_factors() -> None:
-    assert [coarseness(side, 16) for side in (8, 16, 28, 32, 64, 37)] == [1, 1, 2, 2, 4, 37]
+def test_means_lose_noise_and_keep_what_stands_out() -> None:
+    """Nearly as much of it as whoever knew the true powers would take away (Wiener's filter)."""
+    random = np.random.default_rng(0)
+    true = gaussian_filter(random.normal(size=(10, 1, 28, 28)), (0, 0, 3, 3))
+    true /= true.std()
+    noise = np.linspace(0.5, 2.0, 10)
+    noisy = true + noise[:, None, None, None] * random.normal(size=true.shape)
+    found = without_noise(noisy, noise)
+    assert np.square(found - true).mean() < 0.12 * np.square(noise).mean()
+    waves = dctn(true, axes=(2, 3), norm="ortho")
+    lengths = np.rint(np.hypot(*np.indices((28, 28)))).astype(int)
+    power = np.array([np.square(waves[..., lengths == length]).mean() for length in range(39)])[lengths]
+    kept = power / (power + np.square(noise)[:, None, None, None])
+    best = idctn(kept * dctn(noisy, axes=(2, 3), norm="ortho"), axes=(2, 3), norm="ortho")
+    assert np.square(found - true).mean() < 1.15 * np.square(best - true).mean()
+    assert np.allclose(without_noise(true, np.full(10, 1e-12)), true)
+    assert not without_noise(np.zeros((2, 1, 4, 4)), np.zeros(2)).any()
+    one = without_noise(noisy[:1].repeat(3, 1), noise[:1])  # of channels, too
+    assert one.shape == (1, 3, 28, 28)
 
 
-def test_deviations_are_sums_over_blocks_that_keep_the_norm_of_smooth_ones() -> None:
-    images = np.random.default_rng(0).random((3, 2, 6, 6))
-    centres = np.random.default_rng(1).random((3, 2, 6, 6))
-    assert np.allclose(deviations(images, centres, 1), (images - centres).reshape(3, -1))
-    coarse = deviations(images, centres, 2).reshape(3, 2, 3, 3)
-    assert coarse[1, 1, 2, 0] == pytest.approx((images - centres)[1, 1, 4:, :2].sum() / 2)
-    assert (
-        np.linalg.norm(coarse.reshape(3, -1), axis=1) <= np.linalg.norm((images - centres).reshape(3, -1), axis=1)
-    ).all()
-    smooth = np.repeat(np.repeat(images[..., ::2, ::2], 2, -1), 2, -2)
-    assert np.linalg.norm(deviations(smooth, 0 * centres, 2)) == pytest.approx(np.linalg.norm(smooth))
+def test_deviations_are_the_lowest_frequencies_of_scipys_cosine_transform() -> None:
+    random = np.random.default_rng(0)
+    images, centres = random.random((3, 2, 7, 7)), random.random((3, 2, 7, 7))
+    expected = dctn(images - centres, axes=(2, 3), norm="ortho")
+    for side in (1, 4, 7):
+        assert np.allclose(deviations(images, centres, side), expected[..., :side, :side].reshape(3, -1), atol=5e-4)
+    smooth = 0.3 + 0.1 * np.cos(np.pi * (np.arange(7) + 0.5) / 7) * np.ones((1, 1, 7, 1))
+    assert np.linalg.norm(deviations(smooth, 0 * smooth, 2)) == pytest.approx(np.linalg.norm(smooth), rel=1e-3)
+
+
+def test_deviations_are_the_same_bits_in_any_order_of_adding() -> None:
+    """So that the randomness of their purchase never meets other sums. Python's whole numbers have no order."""
+    random = np.random.default_rng(0)
+    images, centres, side = random.random((2, 1, 9, 9)), random.random((2, 1, 9, 9)), 5
+    waves = [[round(float(wave) * 2**15) for wave in row] for row in cosines(9)[:side]]
+    for image, centre, found in zip(images[:, 0], centres[:, 0], deviations(images, centres, side), strict=True):
+        whole = [[round(float(pixel) * 2**15) for pixel in row] for row in image - centre]
+        upright = [
+            [Fraction(sum(w * whole[y][x] for y, w in enumerate(wave)), 2**15) for x in range(9)] for wave in waves
+        ]
+        exact = [sum(w * round(value) for w, value in zip(wave, row, strict=True)) for row in upright for wave in waves]
+        assert found.tolist() == [value / 2**30 for value in exact]
 
 
 LINE = WarmupConfig(

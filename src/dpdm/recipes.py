@@ -23,9 +23,12 @@ FINE_CENTRAL_NOISE = 0.03  # the same for large data sets, which can afford it
 COARSEST = 4  # smallest side, in pixels, that the network works at
 SCORE_NOISE = 0.01  # wanted standard deviation of a selection's score, as a share of N
 COUNT_WEIGHT = 0.2  # makes the noise of the means 2 % more, and of a class's size five of their noise multipliers
-COVARIANCE_COST = 2.4  # their noise multiplier, in ones of a release that would spend all of epsilon: a sixth of it
-COARSEST_COVARIANCE = 4  # most by which a side is reduced for them
-COVARIANCE_NOISE = 0.25  # largest eigenvalue of their noise, as a share of the largest total variance of a class
+# Their noise multiplier, in ones of a release that would spend all of epsilon: a sixth of it; two fifths where with a
+# sixth noise would hide the finest frequencies. There DP-SGD has little to tell.
+COVARIANCE_COSTS = (2.4, 1.6)
+FINEST_COVARIANCE = 0.54  # of an image's frequencies each way, those that are bought: strokes and seams are in them
+COARSEST_COVARIANCE = 1 / 7  # with fewer nothing but blots is told apart
+COVARIANCE_NOISE = 0.12  # largest eigenvalue of their noise, as a share of the largest total variance of a class
 
 
 def recipe(
@@ -51,8 +54,12 @@ def recipe(
         levels += 1
     whole = gaussian_noise_multiplier(epsilon, delta)
     central = central_noise_multiplier(dataset_size, resolution, num_channels, num_classes, whole)
-    covariances = COVARIANCE_COST * whole
-    side = covariance_side(dataset_size, resolution, num_channels, num_classes, covariances)
+    facts = (dataset_size, resolution, num_channels, num_classes)
+    finest = covariance_side(*facts, noise_multiplier=0.0)
+    for cost in COVARIANCE_COSTS:
+        covariances = cost * whole
+        if (side := covariance_side(*facts, covariances)) == finest:
+            break
     return [
         f"model.network.width={32 if large else 16}",
         f"model.network.channel_multipliers={[1] + [2 if large else 1] * (levels - 1)}",
@@ -94,18 +101,17 @@ def central_noise_multiplier(
 def covariance_side(
     dataset_size: int, resolution: int, num_channels: int, num_classes: int, noise_multiplier: float
 ) -> int | None:
-    """Returns the finest side at which covariances with this noise show directions; None if they do at none.
+    """Returns the most frequencies each way at which covariances with this noise show directions; None if too few.
 
     The noise of a class's covariance has eigenvalues up to sqrt(2 D) noise_multiplier C_r^2 / (N / classes), where D is
     channels * side^2; the true one's are at most C_r^2 in all, and images put a tenth of it and more in the first.
     """
     classes = max(num_classes, 1)
-    for factor in range(1, COARSEST_COVARIANCE + 1):
-        side = resolution // factor
+    finest, coarsest = (max(1, round(share * resolution)) for share in (FINEST_COVARIANCE, COARSEST_COVARIANCE))
+    for side in range(finest, coarsest - 1, -1):
         size = num_channels * side**2
-        if resolution % factor or classes * num_entries(size) > LARGEST_SIZE:
-            continue
-        if math.sqrt(2 * size) * noise_multiplier * classes / dataset_size <= COVARIANCE_NOISE:
+        small = classes * num_entries(size) <= LARGEST_SIZE
+        if small and math.sqrt(2 * size) * noise_multiplier * classes / dataset_size <= COVARIANCE_NOISE:
             return side
     return None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.fft import dct
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +26,10 @@ from dpdm.privacy.noise import derive_key, random_words, to_uniform
 from dpdm.progress import Progress
 
 PIECE = 1024  # images decoded at a time
+FINE = 2.0**15  # steps of which a deviation and a cosine are whole numbers
+# Centres are whole numbers of such steps: what hardware changes in their last bits is rounded away, but for one chance
+# in 10^12 a pixel that they lie so near the middle between two.
+CENTRE = 2.0**10
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Central:
     """What the warm-up bought: with noise, so that it may be used in any way.
 
     Attributes:
-        means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it.
+        means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it; see ``without_noise``.
         labels: (cells,) int64.
         class_sizes: images of each class, (num_classes,) float64.
         frequencies: of the classes, by which images are to be drawn, (num_classes,) float64; None if not counted.
@@ -52,7 +57,7 @@ class Central:
 
 
 def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> Central:
-    """Returns noisy class means as images, and class sizes; see ``noisy_class_means`` for the guarantee.
+    """Returns class means as images, and class sizes; see ``noisy_class_means`` for the guarantee.
 
     Of a group of images one takes part, chosen by the key.
 
@@ -79,7 +84,32 @@ def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: 
         count_weight=config.count_weight,
     )
     labels = np.repeat(np.arange(max(num_classes, 1)), config.means_per_class)
-    return Central(found.means.reshape(-1, *shape), labels, found.sizes, found.frequencies)
+    means = without_noise(found.means.reshape(-1, *shape), found.noise)
+    return Central(means, labels, found.sizes, found.frequencies)
+
+
+def without_noise(means: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Returns noisy images with each frequency drawn back to 0 as far as its noise hides it.
+
+    By the share of the noise's variance in that of a frequency, all channels and images together (empirical Bayes;
+    Efron and Morris 1973). Frequencies of one wavelength, to the nearest whole number of half waves, are taken
+    together. Looks at no data: its arguments are released or public.
+
+    Args:
+        means: (n, C, H, W) float64, H = W.
+        noise: standard deviation of each one's pixels, (n,).
+    """
+    side = means.shape[-1]
+    low = cosines(side)
+    waves = low @ means @ low.T
+    lengths = np.rint(np.hypot(np.arange(side)[:, None], np.arange(side))).astype(np.int64)
+    variance = np.broadcast_to(np.square(noise)[:, None], waves.shape[:2])
+    for length in range(lengths.max() + 1):
+        found = waves[:, :, lengths == length]
+        signal = max(0.0, float(np.square(found).mean() - variance.mean()))
+        kept = signal / np.maximum(signal + variance, 1e-300)
+        waves[:, :, lengths == length] = kept[:, :, None] * found
+    return low.T @ waves @ low
 
 
 def with_covariances(central: Central, archive: ImageArchive, config: WarmupConfig, *, key: bytes) -> Central:
@@ -97,15 +127,15 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
         key: of this purpose alone.
     """
     assert config.covariance_noise_multiplier is not None  # the caller has looked
-    centres = central.class_means()
+    centres = np.rint(central.class_means() * CENTRE) / CENTRE
     num_classes, channels, side = len(centres), archive.num_channels, archive.resolution
     chosen = _choose(archive, key)
     labels = archive.labels[chosen] if num_classes > 1 and archive.labels is not None else None
-    factor = coarseness(side, config.covariance_side)
+    fewer = min(side, config.covariance_side)
     norm = config.covariance_clipping_norm or default_covariance_clipping_norm(channels * side**2)
     of_record = np.zeros(len(chosen), np.int64) if labels is None else labels
     covariances = noisy_class_covariances(
-        (deviations(piece, centres[of_record[rows]], factor) for rows, piece in _pieces(archive, chosen)),
+        (deviations(piece, centres[of_record[rows]], fewer) for rows, piece in _pieces(archive, chosen)),
         labels,
         dataset_size=len(chosen),
         num_classes=num_classes,
@@ -116,31 +146,35 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
     )
     noise = config.covariance_noise_multiplier * norm**2 / math.sqrt(2) / central.class_sizes
     factors = principal_factors(covariances, noise, config.covariance_rank)
-    coarse = torch.from_numpy(factors.swapaxes(1, 2).copy()).view(-1, channels, side // factor, side // factor)
-    fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False) / factor
-    return replace(central, factors=fine.view(num_classes, -1, channels, side, side).numpy())
+    waves = factors.swapaxes(1, 2).reshape(num_classes, -1, channels, fewer, fewer)
+    low = cosines(side)[:fewer]
+    return replace(central, factors=config.covariance_scale * (low.T @ waves @ low))
 
 
 def check_covariances(config: WarmupConfig, archive: ImageArchive, num_classes: int) -> None:
     """Raises InputError if the images' covariances, where they are to be bought, have too many numbers in all."""
     if config.enabled and config.covariance_noise_multiplier is not None:
-        side = archive.resolution // coarseness(archive.resolution, config.covariance_side)
+        side = min(archive.resolution, config.covariance_side)
         check_size(max(num_classes, 1), archive.num_channels * side**2)
 
 
-def coarseness(side: int, largest: int) -> int:
-    """Returns the least whole factor by which ``side`` can be reduced to at most ``largest`` pixels."""
-    return next(factor for factor in range(1, side + 1) if side % factor == 0 and side // factor <= largest)
+def deviations(images: np.ndarray, centres: np.ndarray, side: int) -> np.ndarray:
+    """Returns images less their centres, (n, C, H, W) both, by their ``side`` lowest frequencies each way, (n, D).
 
+    These are coefficients of the orthonormal cosine transform (Ahmed, Natarajan and Rao 1974). Images put most of their
+    variance there; pixels are many more numbers, and so is their noise.
 
-def deviations(images: np.ndarray, centres: np.ndarray, factor: int) -> np.ndarray:
-    """Returns images less their centres, (n, C, H, W) both, reduced by ``factor`` with orthonormal weights, (n, D).
-
-    A coarse pixel is the sum of the pixels it covers over ``factor``, so that no image gets longer.
+    Guarantee: the same bits on any hardware, where centres are. Both products are of whole numbers, at most 2^30 times
+    the side in all, which is below 2^53: so they are exact, in whatever order they are added.
     """
-    n, channels, height, width = images.shape
-    blocks = (images - centres).reshape(n, channels, height // factor, factor, width // factor, factor)
-    return blocks.sum(axis=(3, 5)).reshape(n, -1) / factor
+    waves = np.rint(cosines(images.shape[-1])[:side] * FINE)
+    upright = np.rint(waves @ np.rint((images - centres) * FINE) / FINE)
+    return (upright @ waves.T / FINE**2).reshape(len(images), -1)
+
+
+def cosines(side: int) -> np.ndarray:
+    """Returns the orthonormal cosines over ``side`` pixels, (side, side): a row for each frequency, from 0 on."""
+    return dct(np.eye(side), axis=0, norm="ortho")
 
 
 def _choose(archive: ImageArchive, key: bytes) -> np.ndarray:

@@ -60,8 +60,8 @@ def attack(box: Sandbox, count: int, first_seed: int, *, real: bool = False) -> 
 
 
 def test_odd_configs_and_command_lines_are_told_in_one_line(box: Sandbox) -> None:
-    statuses = attack(box, 300, first_seed=0)
-    assert statuses[2] > 200
+    statuses = attack(box, 200, first_seed=0)
+    assert statuses[2] > 130
     assert statuses["reached the work"] > 3  # not all fail at the first look
 
 

@@ -27,6 +27,7 @@ MOST_ABOVE_ZERO = {
     "covariance_clipping_norm": 1e6,
     "covariance_side": 1e6,
     "covariance_rank": 1e6,
+    "covariance_scale": 1e3,
     "batch_size": 1e6,
     "learning_rate": 1e6,
 }
@@ -49,11 +50,12 @@ class WarmupConfig:
             noise in the means.
         covariance_noise_multiplier: noise standard deviation / covariance_clipping_norm^2 of the one release of all
             classes' covariances; None: they are not bought.
-        covariance_clipping_norm: bound on an image's distance from its class's noisy mean, pixels in [0, 1], after it
-            was reduced to ``covariance_side`` (see ``warmup.deviations``); None: a seventh of the norm of an all-white
-            image.
-        covariance_side: most pixels along a side at which deviations are measured.
+        covariance_clipping_norm: bound on an image's distance from its class's noisy mean, pixels in [0, 1], by its
+            lowest frequencies (see ``warmup.deviations``); None: a fifth of the norm of an all-white image.
+        covariance_side: most frequencies each way by which deviations are measured.
         covariance_rank: most directions of each class.
+        covariance_scale: how much farther images are drawn from their mean than was bought: clipping shortens what is
+            bought, and directions are missing. 1: not at all.
         num_iterations: training steps on the noisy means; they cost no privacy.
         batch_size: images per such step.
         learning_rate: of Adam, for these steps.
@@ -72,6 +74,7 @@ class WarmupConfig:
     covariance_clipping_norm: float | None = None
     covariance_side: int = 16
     covariance_rank: int = 30
+    covariance_scale: float = 1.0
     num_iterations: int = 1000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -117,11 +120,13 @@ class ClassMeans:
 
     Attributes:
         means: one image per (class, cell), (num_classes * cells, D) float64, class-major; not limited to [0, 1].
+        noise: standard deviation of a pixel of each, (num_classes * cells,) float64.
         sizes: records of each class, (num_classes,) float64, above 0: what sums are divided by, and so none is small.
         frequencies: the same by the counts alone, however small, (num_classes,) float64; None without counts.
     """
 
     means: np.ndarray
+    noise: np.ndarray
     sizes: np.ndarray
     frequencies: np.ndarray | None = None
 
@@ -206,8 +211,8 @@ def noisy_class_means(
         least = means_per_class * deviation / LARGEST_PIXEL_NOISE
         sizes = class_sizes(noisy_counts / unit, deviation / unit, dataset_size, least=least)
         frequencies = class_sizes(noisy_counts / unit, deviation / unit, dataset_size)
-    means = noisy_sums / np.repeat(sizes / means_per_class, means_per_class)[:, None]
-    return ClassMeans(means, sizes, frequencies)
+    of_cell = np.repeat(sizes / means_per_class, means_per_class)
+    return ClassMeans(noisy_sums / of_cell[:, None], noise_multiplier * sensitivity / of_cell, sizes, frequencies)
 
 
 def class_sizes(counts: np.ndarray, noise: float, dataset_size: int, *, least: float = 0.0) -> np.ndarray:
@@ -241,8 +246,8 @@ def default_clipping_norm(num_pixels: int) -> float:
 
 
 def default_covariance_clipping_norm(num_pixels: int) -> float:
-    """Returns a seventh of the norm of an all-white image, from public facts alone.
+    """Returns a fifth of the norm of an all-white image, from public facts alone.
 
     Handwriting and clothes differ from their class's mean by more; clipping then keeps directions and lowers the noise.
     """
-    return math.sqrt(num_pixels) / 7
+    return math.sqrt(num_pixels) / 5
