@@ -41,10 +41,11 @@ quality: .venv/ready
 	done; [ -z "$$left" ] || echo "Left out for want of MNIST=path or FMNIST=path:$$left"
 
 .venv/ready-to-benchmark: .venv/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmark]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[benchmark]'
 	touch $@
 
+# Python compiles what is used when it is first imported; to compile all that is installed takes longer than to fetch it.
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
