@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--clipping-norm", type=float, help="of an image in the means; left out: the default")
     parser.add_argument("--covariance-clipping-norm", type=float, help="of a deviation; left out: the default")
     parser.add_argument("--covariance-side", type=int, default=WarmupConfig.covariance_side, help="frequencies")
-    parser.add_argument("--covariance-scale", type=float, default=WarmupConfig.covariance_scale)
+    parser.add_argument("--covariance-scale", type=float, default=WarmupConfig.covariance_scale, help="of samples")
     parser.add_argument("--cnn", action="store_true", help="by a CNN: two minutes on one core")
     parser.add_argument("--augmentation", type=float, default=0.0, help="strength of distortions")
     parser.add_argument("--unequal", action="store_true", help="of class c keep the first 1 / (c + 1) of the images")

@@ -207,6 +207,36 @@ def test_covariances_are_planned_and_charged_once_and_before_it_looks(
     assert ledger.header["plan"]["epsilon"] > without.epsilon
 
 
+def test_covariances_about_other_centres_are_another_purchase(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, archive: Path
+) -> None:
+    """Should another machine's arithmetic move a centre, the same noise must not meet the other sums."""
+    keys = ["enabled=true", "num_iterations=1", "noise_multiplier=4", "covariance_noise_multiplier=3"]
+    config = config_for(archive, *(f"train.warmup.{key}" for key in keys))
+    seen: list[bytes] = []
+    central_images, moved = train.central_images, 0.0
+
+    def images(*positional: Any, **named: Any) -> Any:
+        found = central_images(*positional, **named)
+        return replace(found, means=found.means.clip(0.1, 0.9) + moved)
+
+    def killed(*positional: Any, key: bytes) -> Any:
+        seen.append(key)
+        raise DiedError
+
+    monkeypatch.setattr(train, "central_images", images)
+    monkeypatch.setattr(train, "with_covariances", killed)
+    run = Workdir(tmp_path / "w")
+    for _ in range(2):  # the same centres: the same randomness, bought once
+        with pytest.raises(DiedError):
+            train.train(config, run, resume=bool(seen))
+    assert len(set(seen)) == 1
+    moved = 0.01
+    with pytest.raises(InputError, match="central covariances were bought, got another"):
+        train.train(config, run, resume=True)
+    assert len(seen) == 2
+
+
 # Under which randomness.
 
 

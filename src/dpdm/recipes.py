@@ -28,7 +28,7 @@ COUNT_WEIGHT = 0.2  # makes the noise of the means 2 % more, and of a class's si
 COVARIANCE_COSTS = (2.4, 1.6)
 FINEST_COVARIANCE = 0.54  # of an image's frequencies each way, those that are bought: strokes and seams are in them
 COARSEST_COVARIANCE = 1 / 7  # with fewer nothing but blots is told apart
-COVARIANCE_NOISE = 0.12  # largest eigenvalue of their noise, as a share of the largest total variance of a class
+COVARIANCE_NOISE = 0.12  # largest eigenvalue of their noise, as a share of the largest total variance of a class; tried
 
 
 def recipe(
@@ -104,7 +104,7 @@ def covariance_side(
     """Returns the most frequencies each way at which covariances with this noise show directions; None if too few.
 
     The noise of a class's covariance has eigenvalues up to sqrt(2 D) noise_multiplier C_r^2 / (N / classes), where D is
-    channels * side^2; the true one's are at most C_r^2 in all, and images put a tenth of it and more in the first.
+    channels * side^2; the true one's are at most C_r^2 in all, and images put much of it in the first.
     """
     classes = max(num_classes, 1)
     finest, coarsest = (max(1, round(share * resolution)) for share in (FINEST_COVARIANCE, COARSEST_COVARIANCE))

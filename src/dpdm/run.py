@@ -107,7 +107,7 @@ class Books:
         (code, libraries, hardware, threads, physical batch, of all processes; see ``execution``). So the same
         randomness is not used for two computations that differ; on a CPU, whoever repeats a purchase with the same
         identity gets the same bits. Central images and covariances are exact integer sums, which no hardware changes:
-        of how they are computed, the code alone counts.
+        of how they are computed, the code alone counts, and the centres from which covariances are measured.
 
         With dp.seed there is no guarantee, and a step's randomness depends on its number alone: so that runs which
         differ in rounding can be compared.
@@ -139,13 +139,16 @@ class Books:
         self.ledger.reserve(self.run.plan.step(), name)
         return key
 
-    def buy_for_warmup(self, mechanism: Mechanism) -> bytes:
-        """Charges one of the plan's purchases for the warm-up; returns the key of its randomness."""
-        name, key = self.identity(mechanism.name)
+    def buy_for_warmup(self, mechanism: Mechanism, digest: str = "") -> bytes:
+        """Charges one of the plan's purchases for the warm-up; returns the key of its randomness.
+
+        ``digest`` is of all that its sums depend on beside data, config and code.
+        """
+        name, key = self.identity(mechanism.name, 1, digest)
         if self.ledger.spent(mechanism.name) and not self.ledger.was_charged(name):
             raise InputError(
-                f"Expected the key and the version of dpdm with which the {mechanism.name} were bought, got another: "
-                "they would have to be bought again; go on with that version, or start a new run."
+                f"Expected the key, the version of dpdm and the machine with which the {mechanism.name} were bought, "
+                "got another: they would have to be bought again; go on with those, or start a new run."
             )
         self.ledger.reserve(mechanism, name)
         return key

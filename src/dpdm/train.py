@@ -4,6 +4,7 @@ images -> Poisson batch -> K noisy copies each -> denoiser -> one loss per examp
 -> / expected batch size -> Adam -> EMA
 """
 
+import hashlib
 import math
 import signal
 import sys
@@ -323,10 +324,11 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
     config, num_classes = run.config.train.warmup, run.denoiser.network.num_classes
     central = None
     for mechanism in run.plan.warmup:
-        key = books.buy_for_warmup(mechanism)
         if central is None:
+            key = books.buy_for_warmup(mechanism)
             central = central_images(run.archive, config, num_classes=num_classes, key=key)
         else:
+            key = books.buy_for_warmup(mechanism, hashlib.sha256(central.centres().tobytes()).hexdigest())
             central = with_covariances(central, run.archive, config, key=key)
         stop_if_asked()
     assert central is not None  # the caller has looked

@@ -27,9 +27,7 @@ from dpdm.progress import Progress
 
 PIECE = 1024  # images decoded at a time
 FINE = 2.0**15  # steps of which a deviation and a cosine are whole numbers
-# Centres are whole numbers of such steps: what hardware changes in their last bits is rounded away, but for one chance
-# in 10^12 a pixel that they lie so near the middle between two.
-CENTRE = 2.0**10
+CENTRE = 2.0**10  # steps of a centre: what hardware changes in its last bits is nearly always rounded away
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Central:
     """What the warm-up bought: with noise, so that it may be used in any way.
 
     Attributes:
-        means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it; see ``without_noise``.
+        means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it; see ``with_less_noise``.
         labels: (cells,) int64.
         class_sizes: images of each class, (num_classes,) float64.
         frequencies: of the classes, by which images are to be drawn, (num_classes,) float64; None if not counted.
@@ -50,14 +48,14 @@ class Central:
     frequencies: np.ndarray | None = None
     factors: np.ndarray | None = None
 
-    def class_means(self) -> np.ndarray:
-        """Returns the mean of each class's cells, limited to [0, 1], (num_classes, C, H, W)."""
+    def centres(self) -> np.ndarray:
+        """Returns the mean of each class's cells, in [0, 1] and in steps of 1 / CENTRE, (num_classes, C, H, W)."""
         cells = len(self.labels) // len(self.class_sizes)
-        return self.means.reshape(-1, cells, *self.means.shape[1:]).mean(1).clip(0, 1)
+        return np.rint(self.means.reshape(-1, cells, *self.means.shape[1:]).mean(1).clip(0, 1) * CENTRE) / CENTRE
 
 
 def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> Central:
-    """Returns class means as images, and class sizes; see ``noisy_class_means`` for the guarantee.
+    """Returns class means as images, ``with_less_noise``, and sizes; see ``noisy_class_means`` for the guarantee.
 
     Of a group of images one takes part, chosen by the key.
 
@@ -84,32 +82,31 @@ def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: 
         count_weight=config.count_weight,
     )
     labels = np.repeat(np.arange(max(num_classes, 1)), config.means_per_class)
-    means = without_noise(found.means.reshape(-1, *shape), found.noise)
+    means = with_less_noise(found.means.reshape(-1, *shape), found.noise)
     return Central(means, labels, found.sizes, found.frequencies)
 
 
-def without_noise(means: np.ndarray, noise: np.ndarray) -> np.ndarray:
+def with_less_noise(means: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Returns noisy images with each frequency drawn back to 0 as far as its noise hides it.
 
-    By the share of the noise's variance in that of a frequency, all channels and images together (empirical Bayes;
-    Efron and Morris 1973). Frequencies of one wavelength, to the nearest whole number of half waves, are taken
-    together. Looks at no data: its arguments are released or public.
+    By the share of the noise's variance in that of a frequency (empirical Bayes; Efron and Morris 1973). Frequencies
+    of one wavelength, to the nearest whole number of half waves, are taken together, and those of all channels and
+    images, which count for the less the noisier they are. Looks at no data: its arguments are released or public.
 
     Args:
         means: (n, C, H, W) float64, H = W.
         noise: standard deviation of each one's pixels, (n,).
     """
     side = means.shape[-1]
-    low = cosines(side)
-    waves = low @ means @ low.T
+    all_waves = cosines(side)
+    coefficients = all_waves @ means @ all_waves.T
     lengths = np.rint(np.hypot(np.arange(side)[:, None], np.arange(side))).astype(np.int64)
-    variance = np.broadcast_to(np.square(noise)[:, None], waves.shape[:2])
+    variance = np.maximum(np.square(noise), 1e-300)
     for length in range(lengths.max() + 1):
-        found = waves[:, :, lengths == length]
-        signal = max(0.0, float(np.square(found).mean() - variance.mean()))
-        kept = signal / np.maximum(signal + variance, 1e-300)
-        waves[:, :, lengths == length] = kept[:, :, None] * found
-    return low.T @ waves @ low
+        found = coefficients[:, :, lengths == length]
+        signal = max(0.0, float(np.average(np.square(found).mean((1, 2)) - variance, weights=1 / variance)))
+        coefficients[:, :, lengths == length] = (signal / (signal + variance))[:, None, None] * found
+    return all_waves.T @ coefficients @ all_waves
 
 
 def with_covariances(central: Central, archive: ImageArchive, config: WarmupConfig, *, key: bytes) -> Central:
@@ -123,11 +120,11 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
     Args:
         central: the noisy means and sizes.
         archive: the private images.
-        config: its noise multiplier, clipping norm, side and rank.
+        config: its noise multiplier, clipping norm, side, rank and scale.
         key: of this purpose alone.
     """
     assert config.covariance_noise_multiplier is not None  # the caller has looked
-    centres = np.rint(central.class_means() * CENTRE) / CENTRE
+    centres = central.centres()
     num_classes, channels, side = len(centres), archive.num_channels, archive.resolution
     chosen = _choose(archive, key)
     labels = archive.labels[chosen] if num_classes > 1 and archive.labels is not None else None

@@ -1,4 +1,4 @@
-"""Central covariances: how the images of each class differ from its noisy mean, at a coarse resolution, bought once.
+"""Central covariances: how the images of each class differ from its noisy mean, by few frequencies, bought once.
 
 With the noisy means they make a Gaussian model of each class, whose samples show a model in warm-up the directions in
 which images vary, where means alone show one image. The release is DP-PCA's (Dwork, Talwar, Thakurta, Zhang 2014,
