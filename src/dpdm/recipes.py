@@ -55,11 +55,10 @@ def recipe(
     whole = gaussian_noise_multiplier(epsilon, delta)
     central = central_noise_multiplier(dataset_size, resolution, num_channels, num_classes, whole)
     facts = (dataset_size, resolution, num_channels, num_classes)
-    finest = covariance_side(*facts, noise_multiplier=0.0)
-    for cost in COVARIANCE_COSTS:
-        covariances = cost * whole
-        if (side := covariance_side(*facts, covariances)) == finest:
-            break
+    covariances, most = (cost * whole for cost in COVARIANCE_COSTS)
+    if covariance_side(*facts, covariances) != covariance_side(*facts, noise_multiplier=0.0):
+        covariances = most
+    side = covariance_side(*facts, covariances)
     return [
         f"model.network.width={32 if large else 16}",
         f"model.network.channel_multipliers={[1] + [2 if large else 1] * (levels - 1)}",

@@ -171,7 +171,7 @@ def deviations(images: np.ndarray, centres: np.ndarray, side: int) -> np.ndarray
 
 def cosines(side: int) -> np.ndarray:
     """Returns the orthonormal cosines over ``side`` pixels, (side, side): a row for each frequency, from 0 on."""
-    return dct(np.eye(side), axis=0, norm="ortho")
+    return np.asarray(dct(np.eye(side), axis=0, norm="ortho"))
 
 
 def _choose(archive: ImageArchive, key: bytes) -> np.ndarray:
