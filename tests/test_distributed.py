@@ -61,6 +61,7 @@ def alone(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainState
     return train(settings, Workdir(tmp_path_factory.mktemp("alone") / "w"))[1]
 
 
+@pytest.mark.slow  # so does the next, up to the step at which one of them dies
 def test_two_processes_train_as_one(archive: Path, tmp_path: Path, alone: TrainState) -> None:
     process = start(*TORCHRUN, "-m", "dpdm", "train", "--workdir", f"{tmp_path}/w", "--", *TINY, f"data.path={archive}")
     output = process.communicate(timeout=120)[1]

@@ -13,7 +13,7 @@ from dpdm.privacy.covariance import LARGEST_SIZE, num_entries
 from dpdm.recipes import covariance_side, gaussian_noise_multiplier, recipe
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     dataset_size=st.integers(10, 2_000_000),
     resolution=st.integers(4, 256),

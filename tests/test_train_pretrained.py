@@ -139,7 +139,7 @@ def test_parts_and_calls_are_small_unless_told() -> None:
 
 
 @pytest.mark.parametrize("data", ["mnist", "fmnist"])
-@pytest.mark.parametrize("epsilon", [0.2, 1.0, 10.0])
+@pytest.mark.parametrize("epsilon", [0.2, 1.0, pytest.param(10.0, marks=pytest.mark.slow)])  # which takes long
 def test_every_recipe_stays_within_its_budget(data: str, epsilon: float) -> None:
     folder, own = ROOT / "configs", ROOT / "configs" / "pretrained" / f"{data}_eps_{epsilon}.yaml"
     files = [folder / f"{data}_28" / f"train_eps_{epsilon}.yaml", folder / "pretrained" / "recipe.yaml"]
