@@ -112,6 +112,16 @@ def test_means_lose_noise_and_keep_what_stands_out() -> None:
     assert one.shape == (1, 3, 28, 28)
 
 
+def test_means_keep_their_noise_where_they_are_only_distorted(tmp_path: Path) -> None:
+    archive = archive_of_lines(tmp_path / "a.zip")
+    loud = replace(LINE, noise_multiplier=30.0)
+    less = central_images(archive, loud, num_classes=2, key=bytes(32)).means
+    all_of_it = replace(loud, covariance_noise_multiplier=None)
+    whole = central_images(archive, all_of_it, num_classes=2, key=bytes(32)).means
+    assert np.square(less).sum() < 0.9 * np.square(whole).sum()
+    assert np.array_equal(less, with_less_noise(whole, np.full(2, 30.0 * 4 / 200)))
+
+
 def test_deviations_are_the_lowest_frequencies_of_scipys_cosine_transform() -> None:
     random = np.random.default_rng(0)
     images, centres = random.random((3, 2, 7, 7)), random.random((3, 2, 7, 7))

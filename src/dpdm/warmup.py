@@ -35,7 +35,7 @@ class Central:
     """What the warm-up bought: with noise, so that it may be used in any way.
 
     Attributes:
-        means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it; see ``with_less_noise``.
+        means: (cells, C, H, W) float64, pixels about [0, 1] but not limited to it.
         labels: (cells,) int64.
         class_sizes: images of each class, (num_classes,) float64.
         frequencies: of the classes, by which images are to be drawn, (num_classes,) float64; None if not counted.
@@ -55,7 +55,7 @@ class Central:
 
 
 def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> Central:
-    """Returns class means as images, ``with_less_noise``, and sizes; see ``noisy_class_means`` for the guarantee.
+    """Returns noisy class means as images, and class sizes; see ``noisy_class_means`` for the guarantee.
 
     Of a group of images one takes part, chosen by the key.
 
@@ -82,7 +82,9 @@ def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: 
         count_weight=config.count_weight,
     )
     labels = np.repeat(np.arange(max(num_classes, 1)), config.means_per_class)
-    means = with_less_noise(found.means.reshape(-1, *shape), found.noise)
+    means = found.means.reshape(-1, *shape)
+    if config.covariance_noise_multiplier is not None:  # means that will only be distorted do better with their noise
+        means = with_less_noise(means, found.noise)
     return Central(means, labels, found.sizes, found.frequencies)
 
 
