@@ -89,6 +89,27 @@ def test_training_on_means_is_a_function_of_means_and_seed() -> None:
     assert not torch.equal(results[0], results[2])
 
 
+def test_the_warmup_computes_in_the_precision_of_training() -> None:
+    """Weights and their average stay float32; autocast moves them by its rounding."""
+    overrides = ["data.resolution=8", "data.num_channels=1", "data.num_classes=2", "model.network.width=8"]
+    settings = config.load([], [*overrides, "model.network.channel_multipliers=[1]", "model.network.num_res_blocks=1"])
+    central = Central(np.full((2, 1, 8, 8), 0.5), np.arange(2), np.ones(2))
+    found = []
+    for enabled in (False, True):
+        denoiser = config.build_denoiser(settings)
+        ema = train_on_central_images(
+            denoiser,
+            central,
+            WarmupConfig(num_iterations=3),
+            settings.loss,
+            seed=1,
+            autocast=torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+        )
+        found.append(torch.cat([tensor.flatten() for tensor in ema.values()]))
+    assert found[1].dtype == torch.float32
+    assert 0 < (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+
+
 def test_means_lose_noise_and_keep_what_stands_out() -> None:
     """Nearly as much of it as whoever knew the true powers would take away (Wiener's filter)."""
     random = np.random.default_rng(0)

@@ -333,7 +333,13 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
         stop_if_asked()
     assert central is not None  # the caller has looked
     ema = train_on_central_images(
-        run.denoiser, central, config, run.config.loss, seed=run.config.train.seed, before_step=stop_if_asked
+        run.denoiser,
+        central,
+        config,
+        run.config.loss,
+        seed=run.config.train.seed,
+        autocast=run.autocast(),
+        before_step=stop_if_asked,
     )
     run.denoiser.network.load_state_dict(ema)
     state = fresh_state(run.denoiser, run.config.model.ema_rates)

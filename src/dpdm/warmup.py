@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -196,12 +198,13 @@ def train_on_central_images(
     loss_config: LossConfig,
     *,
     seed: int,
+    autocast: AbstractContextManager[Any] | None = None,
     before_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Trains ``denoiser`` in place on augmented central images; returns the weights' moving average.
 
     Everything here is a function of what was released and of public randomness: post-processing.
-    ``before_step`` may end it by an exception.
+    ``autocast`` is entered around each loss, ``before_step`` may end it by an exception.
     """
     device = next(denoiser.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -220,15 +223,16 @@ def train_on_central_images(
             rows = torch.randint(len(classes), (size,), generator=generator).to(device)
             batch = augment(draw(rows), config, generator)
             u = torch.rand(1, size, generator=generator, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-            loss = diffusion_loss(
-                denoiser,
-                batch,
-                classes[rows] if denoiser.network.num_classes else None,
-                sigma=noise_level(loss_config, denoiser.kind, u).float().to(device),
-                noise=torch.randn(1, *batch.shape, generator=generator).to(device),
-                drop_label=(torch.rand(1, size, generator=generator) < loss_config.label_dropout).to(device),
-                kind=loss_config.type,
-            ).mean()
+            with autocast or nullcontext():
+                loss = diffusion_loss(
+                    denoiser,
+                    batch,
+                    classes[rows] if denoiser.network.num_classes else None,
+                    sigma=noise_level(loss_config, denoiser.kind, u).float().to(device),
+                    noise=torch.randn(1, *batch.shape, generator=generator).to(device),
+                    drop_label=(torch.rand(1, size, generator=generator) < loss_config.label_dropout).to(device),
+                    kind=loss_config.type,
+                ).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
