@@ -25,7 +25,7 @@ LAYERS = (
     ("train", "release"),
     ("announcement", "monitor", "released_files", "own_statement", "model_cards"),
     ("generate", "run", "fidelity"),
-    ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial", "physical_batch"),
+    ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial", "physical_batch", "recorded"),
     ("account", "config", "launch", "options", "recipes"),
     ROOMS,
     (
@@ -147,7 +147,7 @@ def test_rooms_know_only_themselves_and_the_base(room: str) -> None:
 
 def test_only_train_and_those_above_join_diffusion_to_privacy() -> None:
     joined = {name for name, path in modules().items() if own(imported(path)) >= {"diffusion", "privacy"}}
-    assert joined <= {"private_tuning", "train", "run", "warmup", "config", "release"}
+    assert joined <= {"private_tuning", "train", "run", "warmup", "config", "release", "recorded"}
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

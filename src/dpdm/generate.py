@@ -31,6 +31,7 @@ from dpdm.errors import InputError, RunError
 from dpdm.evaluation.grids import image_grid
 from dpdm.files import fsync, locked, termination_interrupts
 from dpdm.progress import Progress
+from dpdm.recorded import recorded
 
 GRID_IMAGES = 100
 GRID_COLUMNS = 10
@@ -201,7 +202,8 @@ def _batches(denoiser: Denoiser, config: Config, indices: range, unit: str = "im
     use_threads(config.setup.num_threads)
     use_full_precision()  # with TF32 an image would depend on its batch by more than one grey level
     device = pick_device(config.setup.device)
-    network = denoiser.to(device).network
+    denoiser = recorded(denoiser.to(device))
+    network = denoiser.network
     with Progress("Sampling", len(indices), unit=unit) as progress:
         for start in range(0, len(indices), config.sampler.batch_size):
             part = indices[start : start + config.sampler.batch_size]

@@ -70,7 +70,8 @@ def test_parameters_are_used_once_and_only_where_the_gradient_engine_has_a_rule(
     with _ParameterUses(network) as recorder:
         network(torch.randn(5, 1, 8, 8), torch.zeros(5), torch.zeros(5, dtype=torch.int64))
     assert {function for function, _, _ in recorder.uses} == {
-        "conv2d", "linear", "group_norm", "group_norm_silu", "embedding"
+        "conv2d", "linear", "embedding", "group_norm", "group_norm_silu", "group_norm_silu_beside", "conv2d_norm_silu",
+        "conv2d_residual",
     }  # fmt: skip
     assert sorted(name for _, name, _ in recorder.uses) == sorted(recorder.names.values())
     assert {images for _, _, images in recorder.uses} == {5}

@@ -1,15 +1,20 @@
 """The rules for a GPU against those of ``layers`` in float64: on a GPU, or interpreted on a CPU where Triton is."""
 
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpdm.device import use_full_precision
-from dpdm.functions import group_norm_silu
+from dpdm.diffusion.denoiser import Denoiser
+from dpdm.diffusion.unet import NetworkConfig, ResidualBlock, UNet
+from dpdm.functions import double, group_norm_silu, halve
 from dpdm.privacy import gpu_layers
 from dpdm.privacy.dpsgd import TAU, clip_and_sum
 from dpdm.privacy.layers import per_example
+from dpdm.recorded import RecordedDenoiser
 
 with pytest.MonkeyPatch.context() as patch:
     if not torch.cuda.is_available():
@@ -23,6 +28,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton asks for it in each launch, too
         monkeypatch.setattr(gpu_layers, "INTERPRETED", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # its own sums change from call to call else
     name = "cuda" if torch.cuda.is_available() else "cpu"
     assert gpu_layers.fits(torch.zeros(1, device=name))  # else the other rules would be tested
     return name
@@ -73,6 +79,137 @@ def test_float32_against_the_other_rules_in_float64(device: str, draws: int, num
         assert one.dtype == torch.float32
         assert one.shape == other.shape
         assert (one.cpu().double() - other).norm() < 1e-5 * other.norm(), name
+
+
+class Block(nn.Module):
+    """A residual block of the network, between layers that give it channels and an embedding."""
+
+    def __init__(self, inputs: int, outputs: int, resample: Literal["up", "down"] | None) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, inputs, 3, padding=1)
+        self.embed = nn.Linear(1, 16)
+        self.block = ResidualBlock(inputs, outputs, NetworkConfig(width=4), resample)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.first(x), self.embed(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "resample"), [(8, 8, None), (8, 12, "up"), (8, 8, "down")])
+def test_residual_blocks(
+    device: str, inputs: int, outputs: int, resample: Literal["up", "down"] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network, x = Block(inputs, outputs, resample), torch.randn(2, 3, 1, 4, 4)
+    expected = gradients(network.double(), x.double())
+    seen: list[str] = []
+    for name in ("ConvNormSilu", "ConvResidual", "GroupNormBeside"):
+        rule = getattr(gpu_layers, name)
+        monkeypatch.setattr(rule, "apply", lambda *a, name=name, real=rule.apply: (seen.append(name), real(*a))[1])
+    found = gradients(network.float().to(device), x.to(device))
+    assert sorted(seen) == ["ConvNormSilu", "ConvResidual", "GroupNormBeside"]
+    tolerance = 1e-5 if device == "cpu" else 1e-4  # cuDNN's convolutions
+    for (name, _), one, other in zip(network.named_parameters(), found, expected, strict=True):
+        assert (one.cpu().double() - other).norm() < tolerance * other.norm(), name
+    x[:, 1] += 10.0
+    for old, new in zip(found, gradients(network, x.to(device)), strict=True):
+        assert torch.equal(old[[0, 2]], new[[0, 2]])
+
+
+def test_frozen_layers_cost_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, x = Block(8, 8, None), torch.randn(2, 3, 1, 4, 4).to(device)
+    everything = gradients(network.to(device), x)
+    names = [name for name, _ in network.named_parameters()]
+    monkeypatch.setattr(kernels, "conv_weight_gradients", lambda *_: pytest.fail("a frozen weight was differentiated"))
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    with per_example(trained, 3) as collector:
+        losses = network(x.flatten(0, 1)).unflatten(0, x.shape[:2]).square().mean(dim=(2, 3, 4)).mean(0)
+    for name, found in zip(trained, collector.of(losses.sum()), strict=True):
+        assert torch.allclose(found, everything[names.index(name)], rtol=1e-4, atol=1e-5), name
+
+
+def test_a_parameter_that_is_used_twice_has_both_gradients(device: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 0.1]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.group_norm(x.expand(-1, 4, -1, -1), 2, self.both, self.both)
+
+    network, x = Tied(), torch.randn(1, 2, 1, 3, 3)
+    expected = gradients(network.double(), x.double())[0]
+    found = gradients(network.float().to(device), x.to(device))[0]
+    assert torch.allclose(found.cpu().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_of_unequal_size_are_refused(device: str) -> None:
+    ones = torch.ones(8, device=device)
+    with pytest.raises(ValueError, match="Expected the channels to be divisible into 3 groups, got 8"):
+        kernels.group_norm(torch.zeros(1, 4, 8, device=device), 3, ones, ones, 1e-6, silu=False)
+
+
+@pytest.mark.parametrize(("operation", "rule"), [(halve, gpu_layers.Halve), (double, gpu_layers.Double)])
+def test_resampling_of_images_that_are_no_squares(device: str, operation: Any, rule: Any) -> None:
+    x = torch.randn(3, 5, 6, 4, dtype=torch.float64).requires_grad_()
+    wanted = operation(x)
+    grad = torch.randn_like(wanted)
+    (expected,) = torch.autograd.grad(wanted, x, grad)
+    shown = x.detach().float().to(device).requires_grad_()
+    found = rule.apply(shown)
+    (back,) = torch.autograd.grad(found, shown, grad.float().to(device))
+    assert torch.allclose(found.cpu().double(), wanted, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(back.cpu().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("pixels", "channels", "groups"), [(5, 12, 4), (40, 192, 32), (9, 70, 7), (1, 6, 6)])
+def test_group_norm_against_float64(device: str, pixels: int, channels: int, groups: int, silu: bool) -> None:
+    """With groups of sizes that are no powers of two, more than a program holds, a shift, and another gradient."""
+    torch.manual_seed(0)
+    x, grad, beside = (torch.randn(3, pixels, channels, dtype=torch.float64) for _ in range(3))
+    shift = 3 * torch.randn(3, channels, dtype=torch.float64)
+    weight, bias = (torch.randn(channels, dtype=torch.float64) for _ in range(2))
+    # As one parameter for each image: these gradients are wanted by image.
+    inputs = [t.requires_grad_() for t in (x, weight.expand(3, -1).clone(), bias.expand(3, -1).clone(), shift)]
+    normed = F.group_norm((x + shift[:, None]).transpose(1, 2), groups, eps=1e-2)
+    normed = normed.transpose(1, 2) * inputs[1][:, None] + inputs[2][:, None]
+    wanted = F.silu(normed) if silu else normed
+    expected = list(torch.autograd.grad((wanted * grad).sum() + (x * beside).sum(), inputs))
+    x, grad, beside, shift, weight, bias = (
+        t.detach().float().to(device) for t in (x, grad, beside, shift, weight, bias)
+    )
+    out, mean, rstd = kernels.group_norm(x, groups, weight, bias, 1e-2, silu=silu, shift=shift)
+    found = kernels.group_norm_backward(grad, x, mean, rstd, weight, bias, silu=silu, shift=shift, beside=beside)
+    for one, other in zip([out, *found], [wanted, *expected], strict=True):
+        assert one is not None
+        assert (one.cpu().double() - other).norm() < 1e-5 * other.norm() + 1e-5
+
+
+def test_a_whole_network_denoises_alike(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("group_norm", "residual", "halve", "double"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, name=name, real=real, **k: (seen.append(name), real(*a, **k))[1])
+    config = NetworkConfig(width=4, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
+    network = UNet(config, resolution=8, num_channels=1, num_classes=3)
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    denoiser = Denoiser(network).to(device).eval()
+    x, sigma, labels = (t.to(device) for t in (torch.randn(2, 1, 8, 8), torch.rand(2) + 0.1, torch.tensor([1, 3])))
+    with torch.no_grad():
+        expected = denoiser(x, sigma, labels)
+    assert not seen
+    found = RecordedDenoiser(denoiser).denoise(x, sigma, labels)
+    assert RecordedDenoiser(denoiser)(x[:0], 1.0, labels[:0]).shape == (0, 1, 8, 8)
+    assert not found.requires_grad
+    assert set(seen) == {"group_norm", "residual", "halve", "double"}
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_the_rules_are_used(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

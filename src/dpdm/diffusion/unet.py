@@ -2,8 +2,9 @@
 
 Two rules hold throughout, because the DP-SGD engine computes the gradient of every image separately:
 
-* a parameter is used only by ``F.conv2d``, ``F.linear``, ``F.group_norm`` or ``F.embedding``, as it is (no
-  view, transpose or arithmetic), on an input whose first axis is the image (``Projection`` knows when to keep it);
+* a parameter is used only by ``F.conv2d``, ``F.linear``, ``F.group_norm``, ``F.embedding`` or what ``dpdm.functions``
+  makes of them, as it is (no view, transpose or arithmetic), on an input whose first axis is the image (``Projection``
+  knows when to keep it);
 * nothing mixes two images: no batch statistics, no operation along the first axis.
 
 The order of floating-point operations is the original's, too: its vectors come out bit by bit on a CPU with
@@ -22,7 +23,14 @@ from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
 from dpdm.errors import InputError
-from dpdm.functions import group_norm_silu
+from dpdm.functions import (
+    conv2d_norm_silu,
+    conv2d_residual,
+    double,
+    group_norm_silu,
+    group_norm_silu_beside,
+    halve,
+)
 
 Resample = Literal["up", "down"]
 
@@ -232,14 +240,22 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Args: x (N, inputs, H, W); embedding (N, E), activated. Returns (N, outputs, H', W')."""
-        h = _activated(self.norm_1, x)
+        first, second, norm = self.conv_1, self.conv_2, self.norm_2
+        # As one operation each for whoever gives them a rule; a layer with an adapter is none of torch's.
+        whole = has_torch_function((x,)) and type(first) is type(second) is nn.Conv2d
+        h, x = _activated_beside(self.norm_1, x)
         if self.resample == "down":
-            h, x = _halve(h), _halve(x)
+            h, x = halve(h), halve(x)
         elif self.resample == "up":
-            h, x = _double(h), _double(x)
-        h = self.conv_1(h) + self.embed(embedding)[:, :, None, None]
-        h = self.conv_2(self.dropout(_activated(self.norm_2, h)))
-        return (self.shortcut(x) + h) / math.sqrt(2.0)
+            h, x = double(h), double(x)
+        shift = self.embed(embedding)
+        if not whole:
+            h = _activated(norm, first(h) + shift[:, :, None, None])
+            return (self.shortcut(x) + second(self.dropout(h))) / math.sqrt(2.0)
+        assert first.bias is not None
+        assert second.bias is not None
+        h = conv2d_norm_silu(h, first.weight, first.bias, shift, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return conv2d_residual(self.dropout(h), second.weight, second.bias, self.shortcut(x))
 
 
 class Projection(nn.Conv2d):
@@ -297,18 +313,11 @@ def _activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return F.silu(norm(x))
 
 
-def _halve(x: Tensor) -> Tensor:
-    """Means over squares of 2 by 2 pixels; on a CPU F.avg_pool2d adds in another order, and mean takes far longer."""
-    if x.is_cuda:  # the slices' gradients would be several tensors of x's size, in another layout
-        return F.avg_pool2d(x, 2)
-    x = x[..., ::2] + x[..., 1::2]
-    return (x[..., ::2, :] + x[..., 1::2, :]) / 4
-
-
-def _double(x: Tensor) -> Tensor:
-    """Each pixel as a square of 2 by 2, in x's own type: torch.autocast would make it float32 on a GPU."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.interpolate(x, scale_factor=2)
+def _activated_beside(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the same, and x for another way."""
+    if has_torch_function((x,)):
+        return group_norm_silu_beside(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return _activated(norm, x), x
 
 
 def _resolutions(config: NetworkConfig, resolution: int) -> list[int]:

@@ -32,7 +32,7 @@ LARGEST_BATCH = 47_000
 SMALLEST_CLIPPING_NORM = 1e-30
 LARGEST_CLIPPING_NORM = 1e30  # of what float32 weights can use
 # Numbers that are converted to float64 at a time: on a CPU few enough to stay in the cache, on a GPU to fit its memory.
-PIECE_CPU = 2**18
+PIECE_CPU = 2**16
 SMALL = 2**12  # gradients of so few numbers an example are laid side by side: each operation has its price
 PIECE_GPU = 2**26
 

@@ -1,15 +1,16 @@
 """Per-example gradients in one ordinary backward pass, for any network made of the layers below.
 
-Inside ``per_example(parameters, num_examples)`` each use of a parameter by ``conv2d``, ``linear``, ``group_norm`` or
-``embedding`` is given a backward rule that computes the parameter's gradient for each example, (B, *shape), in place of
-their sum, and hands it to the collector. Any other use of a parameter is refused by name, so that no gradient can pass
-unclipped.
+Inside ``per_example(parameters, num_examples)`` each use of a parameter by ``conv2d``, ``linear``, ``group_norm``,
+``embedding`` or what ``dpdm.functions`` makes of them is given a backward rule that computes the parameter's gradient
+for each example, (B, *shape), in place of their sum, and hands it to the collector. Any other use of a parameter is
+refused by name, so that no gradient can pass unclipped.
 
 The batch is *draw-major*: K draws of B examples lie at position k * B + b. A convolution's (K B, C, H, W) input is
 then, without a copy, a (K, B C, H, W) one, and the per-example weight gradient is the weight gradient of *one*
 grouped convolution with B groups. See Rochette et al. 2019 (arXiv 1912.06015) for grouped per-example convolutions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from dpdm.functions import group_norm_silu
+from dpdm.functions import (
+    conv2d_norm_silu,
+    conv2d_residual,
+    double,
+    group_norm_silu,
+    group_norm_silu_beside,
+    halve,
+)
 from dpdm.privacy import gpu_layers
 
 POINTWISE = ((1, 1), (0, 0), (1, 1))  # stride, padding and dilation with which a kernel of one pixel is a product
@@ -33,6 +41,7 @@ class PerExampleGradients:
     def __init__(self, parameters: Mapping[str, Tensor], num_examples: int) -> None:
         self.num_examples = num_examples
         self._parameters = list(parameters.values())
+        self._wanted = {id(parameter) for parameter in self._parameters}
         self._found: dict[int, Tensor] = {}
         # An input of every layer with a rule, so that autograd visits all of them; it has no gradient of its own.
         device = self._parameters[0].device if self._parameters else None
@@ -52,8 +61,14 @@ class PerExampleGradients:
             for p, g in zip(self._parameters, found, strict=True)
         ]
 
+    def wants(self, parameter: Tensor) -> bool:
+        """Whether it is to be differentiated: a layer may have others, which are frozen."""
+        return id(parameter) in self._wanted
+
     def add(self, parameter: Tensor, gradients: Tensor) -> None:
-        """Takes what one use of ``parameter`` gave, (B, *shape)."""
+        """Takes what one use of ``parameter`` gave, (B, *shape); does nothing if it is not wanted."""
+        if not self.wants(parameter):
+            return
         before = self._found.get(id(parameter))
         self._found[id(parameter)] = gradients if before is None else before + gradients
 
@@ -85,7 +100,7 @@ def per_example(parameters: Mapping[str, Tensor], num_examples: int) -> Iterator
 
 
 class _PerExampleMode(TorchFunctionMode):
-    """Sends the four layers to their per-example rules and refuses every other use of a parameter."""
+    """Sends layers to their per-example rules and refuses every other use of a parameter."""
 
     def __init__(self, names: dict[int, str], collector: PerExampleGradients) -> None:
         super().__init__()
@@ -106,6 +121,8 @@ class _PerExampleMode(TorchFunctionMode):
             raise ValueError(
                 f"Expected layers that treat each example alone, got {resolve_name(func)}: use group norm."
             )
+        if func in WITHOUT_PARAMETERS and gpu_layers.fits(args[0]):
+            return WITHOUT_PARAMETERS[func](*args)
         if not used or func in HARMLESS:
             return func(*args, **kwargs)
         if func not in RULES:
@@ -167,6 +184,47 @@ def _group_norm_silu(
     return F.silu(_group_norm(collector, input, num_groups, weight, bias, eps))
 
 
+def _group_norm_silu_beside(
+    collector: PerExampleGradients, input: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    if gpu_layers.fits(input) and input.dim() == 4:
+        return gpu_layers.GroupNormBeside.apply(  # type: ignore
+            collector.anchor, input, num_groups, (weight, bias), eps, collector
+        )
+    return _group_norm_silu(collector, input, num_groups, weight, bias, eps), input
+
+
+def _conv2d_norm_silu(
+    collector: PerExampleGradients,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor,
+    num_groups: int,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> Tensor:
+    x, margin = _autocast(input), weight.shape[2] // 2
+    if gpu_layers.fits_conv2d(x, weight, ((1, 1), (margin, margin), (1, 1))):
+        return gpu_layers.ConvNormSilu.apply(  # type: ignore
+            collector.anchor, x, shift, (weight, bias, norm_weight, norm_bias), num_groups, eps, collector
+        )
+    h = _conv2d(collector, input, weight, bias, padding=margin) + shift[:, :, None, None]
+    return _group_norm_silu(collector, h, num_groups, norm_weight, norm_bias, eps)
+
+
+def _conv2d_residual(
+    collector: PerExampleGradients, input: Tensor, weight: Tensor, bias: Tensor, other: Tensor
+) -> Tensor:
+    x, margin = _autocast(input), weight.shape[2] // 2
+    if gpu_layers.fits_conv2d(x, weight, ((1, 1), (margin, margin), (1, 1))):
+        return gpu_layers.ConvResidual.apply(  # type: ignore
+            collector.anchor, x, _autocast(other), (weight, bias), collector
+        )
+    return (other + _conv2d(collector, input, weight, bias, padding=margin)) / math.sqrt(2.0)
+
+
 def _embedding(
     collector: PerExampleGradients,
     input: Tensor,
@@ -220,7 +278,8 @@ class _Conv2d(torch.autograd.Function):
         draws = ctx.collector.num_draws(len(x))
         grad = grad.contiguous()
         grad_x = _input_gradient(x, grad, cast, ctx.geometry) if ctx.needs_input_grad[1] else None
-        ctx.collector.add(weight, _weight_gradients(x, grad, (num_examples, *weight.shape), ctx.geometry))
+        if ctx.collector.wants(weight):
+            ctx.collector.add(weight, _weight_gradients(x, grad, (num_examples, *weight.shape), ctx.geometry))
         if bias is not None:
             ctx.collector.add(bias, grad.sum((2, 3)).view(draws, num_examples, -1).sum(0))
         return None, grad_x, None, None, None
@@ -300,8 +359,9 @@ class _Linear(torch.autograd.Function):
         grad_x = grad @ cast if ctx.needs_input_grad[1] else None
         grads = grad.reshape(draws, num_examples, -1, weight.shape[0])
         inputs = x.reshape(draws, num_examples, -1, weight.shape[1])
-        grad_weights = torch.einsum("kbto,kbti->boi", grads, inputs)
-        ctx.collector.add(weight, grad_weights)
+        if ctx.collector.wants(weight):
+            grad_weights = torch.einsum("kbto,kbti->boi", grads, inputs)
+            ctx.collector.add(weight, grad_weights)
         if bias is not None:
             ctx.collector.add(bias, grads.sum((0, 2)))
         return None, grad_x, None, None
@@ -387,12 +447,20 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None
 
 
-RULES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.group_norm: _group_norm,
     group_norm_silu: _group_norm_silu,
+    group_norm_silu_beside: _group_norm_silu_beside,
+    conv2d_norm_silu: _conv2d_norm_silu,
+    conv2d_residual: _conv2d_residual,
     F.embedding: _embedding,
+}
+# Faster on a GPU than torch's own; the parameters' rules are not concerned.
+WITHOUT_PARAMETERS: dict[Callable[..., Tensor], Callable[[Tensor], Tensor]] = {
+    halve: gpu_layers.Halve.apply,  # type: ignore[dict-item]
+    double: gpu_layers.Double.apply,  # type: ignore[dict-item]
 }
 COUPLING = {F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm}  # statistics over the batch
 # Questions about a parameter that read no value of it.
