@@ -17,6 +17,10 @@ Ways:
     opacus_ghost  Opacus' fast gradient clipping: norms without gradients, a second backward. It clips *images*, so with
                   more than one draw it is another algorithm: here for its time alone
     vmap          torch.func's vmap over grad, an example with its draws at a time
+    plain_compiled  the plain step in bf16 by torch.compile, in torch.channels_last: the fastest that torch alone
+                  makes of it. Only if asked for (--peers), as compiling takes a minute
+
+A way that a GPU's memory does not hold is left out.
 """
 
 import argparse
@@ -48,6 +52,7 @@ NETWORKS = ("mnist_28", "cifar10_32", "celeba_64")
 SHAPES = ((16, 4), (8, 32), (64, 1))
 CLIPPING_NORM = 1.0
 PEERS = ("opacus_hooks", "opacus_ghost", "vmap")
+ON_DEMAND = ("plain_compiled",)
 Step = Callable[[], list[Tensor]]
 
 
@@ -100,6 +105,22 @@ def plain(problem: Problem, precision: str = "float32") -> Step:
             losses = problem.losses(np.arange(problem.examples))
         losses.sum().backward()
         return [p.grad for p in problem.parameters.values() if p.grad is not None]
+
+    return step
+
+
+def plain_compiled(problem: Problem) -> Step:
+    own = copy.deepcopy(problem.denoiser).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    denoiser = _with_network(own, torch.compile(own.network))  # type: ignore[arg-type]
+    parameters = list(own.network.parameters())
+
+    def step() -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        with _autocast(problem, "bf16"):
+            losses = problem.losses(np.arange(problem.examples), denoiser)
+        losses.sum().backward()
+        return [p.grad for p in parameters if p.grad is not None]
 
     return step
 
@@ -236,6 +257,7 @@ WAYS: dict[str, Callable[[Problem], Step]] = {
     "opacus_hooks": opacus_hooks,
     "opacus_ghost": opacus_ghost,
     "vmap": vmap,
+    "plain_compiled": plain_compiled,
 }
 
 
@@ -334,7 +356,7 @@ def has_bf16(device: str) -> bool:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of one network and shape."""
     problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
-    names = [way for way in WAYS if way not in PEERS or way in arguments.peers]
+    names = [way for way in WAYS if way not in (*PEERS, *ON_DEMAND) or way in arguments.peers]
     if not has_bf16(arguments.device):
         print("bf16 is not measured: this CPU has none of its own.", file=sys.stderr)
         names = [way for way in names if not way.endswith("_bf16")]
@@ -346,6 +368,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         except ImportError:
             print(f"{name} is not measured: pip install 'dpdm[benchmark]'.", file=sys.stderr)
             steps.pop(name, None)  # it may be made, and fail when it is first used
+        except torch.OutOfMemoryError:
+            print(f"{name} is not measured: the GPU's memory does not hold it.", file=sys.stderr)
+            steps.pop(name, None)
+            torch.cuda.empty_cache()
     rounds = [{name: seconds(step, arguments.device) for name, step in steps.items()} for _ in range(arguments.rounds)]
     figures: dict[str, Any] = {
         "network": arguments.network,
@@ -359,19 +385,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in steps:
         figures[f"{name}_seconds"] = statistics.median(r[name] for r in rounds)
     for name in steps:
-        if name != "plain":
+        if name != "plain" and "plain" in steps:
             figures[f"{name}_ratio"] = statistics.median(r[name] / r["plain"] for r in rounds)
     figures["noise_seconds"] = noise_seconds(problem)
     figures["noise_added_seconds"] = noise_seconds(problem, ready=True)
     if not arguments.no_error:
         expected = oracle(problem)
-        figures["relative_error"] = relative_error(problem, "private", expected)
-        if "private_bf16" in names:
+        if "private" in steps:
+            figures["relative_error"] = relative_error(problem, "private", expected)
+        if "private_bf16" in steps:
             figures["relative_error_bf16"] = relative_error(problem, "private_bf16", expected)
     if not arguments.no_peak:
         del problem, steps
         for name in names:
-            if f"{name}_seconds" in figures:
+            if f"{name}_seconds" in figures and name not in ON_DEMAND:  # it would be compiled once more
                 figures[f"{name}_peak_bytes"] = peak_bytes(name, arguments)
     return figures
 
@@ -383,10 +410,18 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for r in results:
         ratios = [f"{r[f'{way}_ratio']:.2f}" if f"{way}_ratio" in r else "-" for way in ways]
-        memory = f"{r['private_peak_bytes'] / r['plain_peak_bytes']:.2f}" if "plain_peak_bytes" in r else "-"
+        peaks = {"private_peak_bytes", "plain_peak_bytes"}
+        memory = f"{r['private_peak_bytes'] / r['plain_peak_bytes']:.2f}" if peaks <= r.keys() else "-"
         errors = [f"{r[name]:.1e}" if name in r else "-" for name in ("relative_error", "relative_error_bf16")]
         shape = f"{r['examples']} x {r['draws']}"
-        cells = [r["network"], shape, f"{r['plain_seconds']:.3f}", *ratios, memory, *errors]
+        cells = [
+            r["network"],
+            shape,
+            f"{r['plain_seconds']:.3f}" if "plain_seconds" in r else "-",
+            *ratios,
+            memory,
+            *errors,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -399,7 +434,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=(*PEERS, *ON_DEMAND))
     parser.add_argument("--no-peak", action="store_true")
     parser.add_argument("--no-error", action="store_true")
     parser.add_argument("--json", action="store_true", help="print an object, and nothing else (several: one a line)")

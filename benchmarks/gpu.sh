@@ -4,7 +4,7 @@
 #     sh benchmarks/gpu.sh && python benchmarks/gpu_report.py benchmarks/results --docs
 #
 # OUT      folder for the figures (default benchmarks/results): dp_step.jsonl, logical_step.jsonl, sampling.jsonl,
-#          gpu_tests.txt, environment.txt, report.md, errors.txt. What is measured is written at once, so that a run that is cut short
+#          gpu_tests.txt, gpu_layers.txt, environment.txt, report.md, errors.txt. What is measured is written at once, so that a run that is cut short
 #          leaves what it has.
 # WHEELS   folder of wheels of what the machine lacks, installed into a temporary folder without their dependencies.
 #          For a bare torch: dpdm itself (its version is asked for), omegaconf, antlr4-python3-runtime, cryptography, cffi, pycparser, dp-accounting, dm-tree,
@@ -12,12 +12,15 @@
 #          stay empty.
 # PYTHON   with torch (default python3).
 # DEVICE   cuda, or cpu to try the script.
-# ROUNDS, IMAGES, NETWORKS, LARGE, LOGICAL   less of everything, for a trial. LARGE: shapes for MNIST alone, which fill a
-#          GPU. LOGICAL: shape of a whole step of training, with images and noise made ready beside it and without.
+# LIMIT    seconds after which nothing is measured any more (default 580).
+# ROUNDS, IMAGES, NETWORKS, LARGE, FULL, LOGICAL   less of everything, for a trial. LARGE: shapes for MNIST alone, beside
+#          Opacus. FULL: one that fills a GPU, beside the plain step as torch.compile makes it. LOGICAL: shape of a whole
+#          step of training, with images and noise made ready beside it and without.
 set -u
+started=$(date +%s)
 cd "$(dirname "$0")/.." || exit 1
-PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} ROUNDS=${ROUNDS:-7} IMAGES=${IMAGES:-256}
-NETWORKS=${NETWORKS:-mnist_28 cifar10_32 celeba_64} LARGE=${LARGE:-64x32 256x32} LOGICAL=${LOGICAL:-1024x32}
+PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} ROUNDS=${ROUNDS:-7} IMAGES=${IMAGES:-256} LIMIT=${LIMIT:-580}
+NETWORKS=${NETWORKS:-mnist_28 cifar10_32 celeba_64} LARGE=${LARGE:-64x32} FULL=${FULL:-256x32} LOGICAL=${LOGICAL:-1024x32}
 OUT=${OUT:-benchmarks/results}
 mkdir -p "$OUT" || exit 1
 rm -f "$OUT/dp_step.jsonl" "$OUT/logical_step.jsonl" "$OUT/sampling.jsonl" "$OUT/errors.txt" # lines are appended below
@@ -42,30 +45,40 @@ print(torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "cpu")
 ' "$DEVICE" >"$OUT/environment.txt" || exit 1
 cat "$OUT/environment.txt"
 
-started=$(date +%s)
-# Runs a command for at most $1 seconds. What fails is named on standard error, and the rest goes on.
+# Runs a command for at most $1 seconds, and not beyond LIMIT. What fails is named on standard error, and the rest goes on.
 try() {
-    limit=$1
+    left=$((started + LIMIT - $(date +%s)))
+    [ "$left" -gt 5 ] || { echo "No time left for: $*" >&2 && return; }
+    limit=$(($1 < left ? $1 : left))
     shift
     timeout "$limit" "$@" 2>>"$OUT/errors.txt" || echo "Status $? of: $*; see $OUT/errors.txt" >&2
     echo "$(($(date +%s) - started)) s: $*" >&2
 }
 
+# Kernels are compiled once for a machine: here, in several processes, and in nobody's time below. The tests run beside them.
 for network in $NETWORKS; do
-    try 75 "$PYTHON" benchmarks/dp_step.py --network "$network" --device "$DEVICE" --rounds "$ROUNDS" --json \
-        >>"$OUT/dp_step.jsonl"
+    try 100 "$PYTHON" benchmarks/dp_step.py --network "$network" --device "$DEVICE" --rounds 1 --peers --no-peak \
+        --no-error --json >/dev/null &
 done
+try 100 "$PYTHON" -m pytest -m gpu -p no:cacheprovider >"$OUT/gpu_tests.txt" &
+try 100 "$PYTHON" -m pytest tests/privacy/test_gpu_layers.py -p no:cacheprovider >"$OUT/gpu_layers.txt" &
+wait
 for shape in $LARGE; do
-    try 35 "$PYTHON" benchmarks/dp_step.py --network mnist_28 --examples "${shape%x*}" --draws "${shape#*x}" \
+    try 45 "$PYTHON" benchmarks/dp_step.py --network mnist_28 --examples "${shape%x*}" --draws "${shape#*x}" \
         --device "$DEVICE" --rounds "$ROUNDS" --peers opacus_hooks --no-error --json >>"$OUT/dp_step.jsonl"
 done
-try 55 "$PYTHON" benchmarks/logical_step.py --network mnist_28 --examples "${LOGICAL%x*}" --draws "${LOGICAL#*x}" \
+try 120 "$PYTHON" benchmarks/dp_step.py --network mnist_28 --examples "${FULL%x*}" --draws "${FULL#*x}" \
+    --device "$DEVICE" --rounds "$ROUNDS" --peers plain_compiled --no-error --json >>"$OUT/dp_step.jsonl"
+try 45 "$PYTHON" benchmarks/logical_step.py --network mnist_28 --examples "${LOGICAL%x*}" --draws "${LOGICAL#*x}" \
     --device "$DEVICE" --rounds "$ROUNDS" --json >>"$OUT/logical_step.jsonl"
 for network in $NETWORKS; do
-    try 50 "$PYTHON" benchmarks/sampling.py --network "$network" --device "$DEVICE" --images "$IMAGES" --json \
+    try 55 "$PYTHON" benchmarks/dp_step.py --network "$network" --device "$DEVICE" --rounds "$ROUNDS" --json \
+        >>"$OUT/dp_step.jsonl"
+done
+for network in $NETWORKS; do
+    try 35 "$PYTHON" benchmarks/sampling.py --network "$network" --device "$DEVICE" --images "$IMAGES" --json \
         >>"$OUT/sampling.jsonl"
 done
-try 40 "$PYTHON" -m pytest -m gpu -p no:cacheprovider >"$OUT/gpu_tests.txt"
-try 45 "$PYTHON" -m pytest tests/privacy/test_gpu_layers.py -p no:cacheprovider >>"$OUT/gpu_tests.txt"
+LIMIT=$((LIMIT + 20)) # whatever was measured is told
 try 15 "$PYTHON" benchmarks/gpu_report.py "$OUT" >"$OUT/report.md"
-cat "$OUT/gpu_tests.txt" "$OUT/report.md"
+cat "$OUT/gpu_tests.txt" "$OUT/gpu_layers.txt" "$OUT/report.md"

@@ -40,8 +40,9 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list
 
 
 def fastest(figures: dict[str, Any], what: str) -> float:
-    """Returns the seconds of a step in the fastest mode of ``what``, plain or private."""
-    return min(value for name, value in figures.items() if name.startswith(what) and name.endswith("_seconds"))
+    """Returns the seconds of a step in the fastest mode of ``what``, plain or private; infinity if none fitted."""
+    times = (value for name, value in figures.items() if name.startswith(what) and name.endswith("_seconds"))
+    return min(times, default=math.inf)
 
 
 def private_images_per_second(figures: dict[str, Any]) -> float:
@@ -66,11 +67,16 @@ def steps_table(steps: list[dict[str, Any]]) -> str:
     rows = []
     for r in steps:
         hooks = r.get("opacus_hooks_seconds")
-        memory = r["private_peak_bytes"] / r["plain_peak_bytes"] if "plain_peak_bytes" in r else None
+        peaks = [r[name] for name in ("private_peak_bytes", "plain_peak_bytes") if name in r]
+        memory = peaks[0] / peaks[1] if len(peaks) == 2 else None
         ratio = fastest(r, "private") / fastest(r, "plain")
         cells = [r["network"], f"{r['examples']} x {r['draws']}"]
-        cells += [f"{1e3 * r['plain_seconds']:.1f}", f"{1e3 * r['private_seconds']:.1f}"]
-        cells += [f"{r['private_ratio']:.2f}", f"{ratio:.2f}", f"{private_images_per_second(r):,.0f}"]
+        cells += [f"{1e3 * r[name]:.1f}" if name in r else "-" for name in ("plain_seconds", "private_seconds")]
+        cells += [f"{r['private_ratio']:.2f}" if "private_ratio" in r else "-"]
+        cells += [
+            f"{ratio:.2f}" + (", compiled" if "plain_compiled_seconds" in r else ""),
+            f"{private_images_per_second(r):,.0f}",
+        ]
         cells += ["-" if hooks is None else f"{hooks / fastest(r, 'private'):.1f}"]
         cells += ["-" if memory is None else f"{memory:.2f}"]
         cells += [f"{r['relative_error']:.1e}" if "relative_error" in r else "-"]
