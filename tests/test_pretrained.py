@@ -42,9 +42,9 @@ def test_a_packaged_release_is_what_its_name_says(name: str, tmp_path: Path) -> 
     assert found.problems == []
     parts = re.fullmatch(r"(\w+)_eps_([\d.]+)", name)
     assert parts
-    # The budget is the name's; what was spent of it is at most that, and no less than the calibration leaves over.
+    # The budget is the name's; what was spent of it is at most that, and hardly less: training may have been cut short.
     budget = float(parts[2])
-    assert 0.99 * budget < found.statement["epsilon"] <= budget * (1 + 1e-9)
+    assert 0.95 * budget < found.statement["epsilon"] <= budget * (1 + 1e-9)
     assert found.statement["delta"] == 1e-5
     workdir = ["--workdir", str(tmp_path), "--"]
     assert run_command(["sample", "--pretrained", name, *workdir, "sampler.num_images=2", "sampler.num_steps=2"]) == 0
