@@ -73,6 +73,7 @@ def test_two_processes_train_as_one(archive: Path, tmp_path: Path, alone: TrainS
     assert output.count("Trained 4 steps") == 1  # one process speaks
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_a_message_and_a_state_to_go_on_from(
     archive: Path, tmp_path: Path, alone: TrainState
 ) -> None:

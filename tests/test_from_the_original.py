@@ -137,6 +137,7 @@ def extras(command: list[str]) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_runs(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in commands():
         at = command.index("--") if "--" in command else len(command)

@@ -103,7 +103,7 @@ def test_a_checkpoint_gives_the_originals_outputs(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("solver", ["ddim_edm", "ddim_v", "heun_edm"])
+@pytest.mark.parametrize("solver", ["ddim_edm", "ddim_v", pytest.param("heun_edm", marks=pytest.mark.slow)])
 def test_a_checkpoint_gives_the_originals_images(
     name: str, solver: str, checkpoint: Path, arrays: dict[str, Tensor]
 ) -> None:

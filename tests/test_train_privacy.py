@@ -455,7 +455,7 @@ def test_no_record_enters_the_gradient_of_another(one_step: Step) -> None:
 # What is planned.
 
 
-@pytest.mark.parametrize("warmup", ["false", "true"])
+@pytest.mark.parametrize("warmup", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_the_plan_stays_within_epsilon(archive: Path, warmup: str) -> None:
     config = config_for(
         archive,

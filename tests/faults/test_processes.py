@@ -77,6 +77,7 @@ def check_races(rivals: tuple[Server, Server], images: Path, folder: Path, count
         chain.check_ended_as_undisturbed()
 
 
+@pytest.mark.slow  # one that runs keeps others out, above
 def test_two_trainings_that_start_at_once(rivals: tuple[Server, Server], images: Path, tmp_path: Path) -> None:
     check_races(rivals, images, tmp_path, 4)
 

@@ -198,7 +198,7 @@ def test_scores_that_choose_the_threshold_are_not_counted() -> None:
         assert (bound.mu, bound.epsilon, bound.epsilon_any) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("epsilon", [1.0, 4.0, 10.0])
+@pytest.mark.parametrize("epsilon", [1.0, 4.0, pytest.param(10.0, marks=pytest.mark.slow)])
 def test_5000_trials_reach_most_of_epsilon_and_notice_half_the_noise(epsilon: float) -> None:
     """With the seeds of 200 audits; half the noise is far enough from the claim for a few of them."""
     sigma = calibrate_noise_multiplier(epsilon, DELTA, 1.0, 1)
