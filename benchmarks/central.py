@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dpdm.central_model import central_images, split_classes, with_cells, with_covariances
 from dpdm.data.archive import ArchiveWriter, ImageArchive, is_archive
 from dpdm.data.prepare import prepare
 from dpdm.evaluation.classifiers import logistic_regression_accuracy
 from dpdm.evaluation.downstream import accuracy_on_test, train_classifier
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.noise import new_key
-from dpdm.warmup import augment, central_images, sampler, with_covariances
+from dpdm.warmup import augment, draw_cells, sampler
 
 NUM_DRAWN, NUM_DRAWN_FOR_CNN, EPOCHS, NUM_TESTED = 3000, 20_000, 5, 5000
 
@@ -36,10 +37,12 @@ def measure(archive: ImageArchive, tested: ImageArchive, config: WarmupConfig, *
     central = central_images(archive, config, num_classes=archive.num_classes, key=new_key())
     if config.covariance_noise_multiplier is not None:
         central = with_covariances(central, archive, config, key=new_key())
+    if config.splits:
+        central = with_cells(central, split_classes(central, config), archive, config, key=new_key())
     generator = torch.Generator().manual_seed(0)
     labels = np.arange(NUM_DRAWN_FOR_CNN if cnn else NUM_DRAWN) % archive.num_classes
     draw = sampler(central, generator, torch.device("cpu"))
-    cells = torch.from_numpy(labels * (len(central.labels) // archive.num_classes))
+    cells = draw_cells(central, torch.from_numpy(labels), generator)
     images = ((augment(draw(cells), config, generator) + 1) * 127.5).round().byte().numpy()
     rows = np.unique(np.linspace(0, tested.num_images - 1, NUM_TESTED).astype(np.int64))
     test = tested.read(rows), tested.labels[rows].astype(np.int64)
@@ -75,6 +78,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--covariance-clipping-norm", type=float, help="of a deviation; left out: the default")
     parser.add_argument("--covariance-side", type=int, default=WarmupConfig.covariance_side, help="frequencies")
     parser.add_argument("--covariance-scale", type=float, default=WarmupConfig.covariance_scale, help="of samples")
+    parser.add_argument("--splits", type=int, default=0, help="of each class, by its covariance")
+    parser.add_argument("--cell-noise-multiplier", type=float, help="of the cells, with --splits")
     parser.add_argument("--cnn", action="store_true", help="by a CNN: two minutes on one core")
     parser.add_argument("--augmentation", type=float, default=0.0, help="strength of distortions")
     parser.add_argument("--unequal", action="store_true", help="of class c keep the first 1 / (c + 1) of the images")
@@ -89,6 +94,8 @@ def main(arguments: Sequence[str]) -> None:
         covariance_clipping_norm=options.covariance_clipping_norm,
         covariance_side=options.covariance_side,
         covariance_scale=options.covariance_scale,
+        splits=options.splits,
+        cell_noise_multiplier=options.cell_noise_multiplier,
         augmentation=options.augmentation,
         blur=0.0,
         contrast=0.0,

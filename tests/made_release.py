@@ -61,7 +61,7 @@ def make_weights(config: Config) -> dict[str, Tensor]:
 def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = (), half: bool = False) -> Path:
     """Writes ``release/`` into ``run``, and ``synthetic.zip`` with random images; returns the release."""
     config = make_config(keys)
-    statement = make_statement(config, half=half)
+    statement = make_statement(config, [*config.train.warmup.mechanisms(), MECHANISMS[-1]], half=half)
     card = model_cards.model_card(statement, config)
     weights = to_half(make_weights(config)) if half else make_weights(config)
     release.write_release(Workdir(run), weights, release.redacted(config), statement, card)

@@ -346,6 +346,8 @@ def test_what_the_warm_up_buys_is_measured_on_drawn_images(
     central.main([*words, "--covariance-noise-multiplier", "2"])
     both = json.loads(capsys.readouterr().out)
     assert both["covariance_noise_multiplier"] == 2
+    central.main([*words, "--covariance-noise-multiplier", "2", "--splits", "1", "--cell-noise-multiplier", "1"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] > 0.7
     assert 0.6 < means["accuracy"] < both["accuracy"] + 0.1
     assert both["accuracy"] > 0.7  # by chance it would be 0.1
     monkeypatch.setattr(central, "NUM_DRAWN_FOR_CNN", 2000)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from PIL import Image
 from tests.made_release import edit, make_release
 from torch import Tensor
 
+from dpdm import central_model, run, run_audit, train
 from dpdm import config as configs
-from dpdm import run, run_audit, train, warmup
 from dpdm.account import compose
 from dpdm.announcement import announcement
 from dpdm.cli import run_command
@@ -226,7 +226,7 @@ def test_without_groups_or_with_another_word_it_is_refused(tmp_path: Path) -> No
 def central(path: Path, pixels: np.ndarray, norm: float) -> np.ndarray:
     archive = ImageArchive(write_archive(path, pixels), "group")
     quiet = WarmupConfig(noise_multiplier=1e-12, means_per_class=2, clipping_norm=norm, count_weight=0.0)
-    means = warmup.central_images(archive, quiet, num_classes=3, key=KEY).means
+    means = central_model.central_images(archive, quiet, num_classes=3, key=KEY).means
     return means.reshape(6, -1) * len(SIZES) / 6
 
 
@@ -243,20 +243,54 @@ def test_a_person_adds_one_image_to_the_central_images(tmp_path: Path) -> None:
 
 
 def test_a_person_adds_one_image_to_the_central_covariances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zero = warmup.Central(np.zeros((3, 1, 8, 8)), np.arange(3), np.full(3, len(SIZES) / 3))
+    zero = central_model.Central(np.zeros((3, 1, 8, 8)), np.arange(3), np.full(3, len(SIZES) / 3))
     quiet = WarmupConfig(covariance_noise_multiplier=1e-9, covariance_clipping_norm=2.0)
     found: list[np.ndarray] = []
-    monkeypatch.setattr(warmup, "principal_factors", lambda matrices, *_: found.append(matrices) or matrices)
+    monkeypatch.setattr(central_model, "principal_factors", lambda matrices, *_: found.append(matrices) or matrices)
     pixels = np.full((len(GROUPS), 1, 8, 8), 255, np.uint8)
-    warmup.with_covariances(zero, ImageArchive(write_archive(tmp_path / "a.zip", pixels), "group"), quiet, key=KEY)
+    central_model.with_covariances(
+        zero, ImageArchive(write_archive(tmp_path / "a.zip", pixels), "group"), quiet, key=KEY
+    )
     for person in (1, 4, 5):
         without = pixels.copy()
         without[person == GROUPS] = 0  # adds nothing
         archive = ImageArchive(write_archive(tmp_path / "b.zip", without), "group")
-        warmup.with_covariances(zero, archive, quiet, key=KEY)
+        central_model.with_covariances(zero, archive, quiet, key=KEY)
         moved = (found[0] - found[-1]) * len(SIZES) / 3
         assert np.linalg.norm(moved) == pytest.approx(4.0, rel=1e-3)
         assert (np.abs(moved).sum(axis=(1, 2)) > 1e-3).sum() == 1
+
+
+def test_a_person_adds_one_image_to_the_central_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments of all cells change by one person's product, from what they are without any of their images."""
+    quiet = WarmupConfig(
+        covariance_noise_multiplier=1e-9,
+        covariance_clipping_norm=2.0,
+        covariance_rank=1,
+        splits=1,
+        cell_noise_multiplier=1e-9,
+    )
+    size = len(SIZES)
+    first = np.zeros((3, 1, 1, 8, 8))
+    first[:, :, :, :, :4], first[:, :, :, :, 4:] = 0.1, -0.1
+    bought = central_model.Central(np.zeros((3, 1, 8, 8)), np.arange(3), np.full(3, size / 3), factors=first)
+    split = central_model.split_classes(bought, quiet)
+    found: list[np.ndarray] = []
+
+    def note(pieces: Iterator[np.ndarray], labels: np.ndarray, **named: Any) -> np.ndarray:
+        found.append(np.concatenate([np.concatenate(list(pieces)), labels[:, None]], 1))
+        assert named["dataset_size"] == len(labels)
+        return np.zeros((6, 65, 65))
+
+    monkeypatch.setattr(central_model, "noisy_class_covariances", note)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(GROUPS), 1, 8, 8), dtype=np.uint8)
+    for person in (None, 1, 4, 5):
+        other = pixels.copy()
+        other[person == GROUPS] = 255 - other[person == GROUPS]
+        archive = ImageArchive(write_archive(tmp_path / "b.zip", other), "group")
+        central_model.with_cells(bought, split, archive, quiet, key=KEY)
+        assert len(found[-1]) == size
+        assert (found[-1] != found[0]).any(1).sum() == (person is not None)
 
 
 def test_an_audit_counts_persons(archive: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     ("announcement", "monitor", "released_files", "own_statement", "model_cards"),
     ("generate", "run", "fidelity"),
     ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial", "physical_batch", "recorded"),
-    ("account", "config", "launch", "options", "recipes"),
+    ("account", "central_model", "config", "launch", "options", "recipes"),
     ROOMS,
     (
         "device",

@@ -10,7 +10,7 @@ from dpdm import config
 from dpdm.plan import make_plan
 from dpdm.privacy.accounting import Mechanism, default_delta, epsilon_spent
 from dpdm.privacy.covariance import LARGEST_SIZE, num_entries
-from dpdm.recipes import covariance_side, gaussian_noise_multiplier, recipe
+from dpdm.recipes import covariance_side, gaussian_noise_multiplier, num_splits, recipe
 
 
 @settings(max_examples=12, deadline=None)
@@ -73,6 +73,25 @@ def test_covariances_are_as_fine_as_their_noise_allows() -> None:
         found = np.linalg.eigvalsh((plain + plain.T) / 2 * noise / 6000)[-1]
         assert found < 0.13
     assert covariance_side(60_000, 28, 1, 0, 300.0) == 15  # without classes all images share one
+
+
+def test_classes_are_split_as_often_as_noise_allows() -> None:
+    """By the largest eigenvalue of the noise of a cell of average size, for clipping norm 1."""
+    assert [num_splits(60_000, 1, 10, 15, noise) for noise in (0.1, 1.2, 2.5, 9.0)] == [3, 3, 2, 0]
+    plain = np.random.default_rng(0).normal(size=(226, 226))
+    for splits, noise in ((3, 1.2), (2, 2.5)):
+        found = np.linalg.eigvalsh((plain + plain.T) / 2 * noise * 1.25 / (6000 / 2**splits))[-1]
+        assert found < 0.055
+    values = {
+        epsilon: config.load(
+            [], recipe(dataset_size=60_000, resolution=28, num_channels=1, num_classes=10, epsilon=epsilon, delta=1e-5)
+        ).train.warmup
+        for epsilon in (1.0, 10.0)
+    }
+    assert [warmup.splits for warmup in values.values()] == [0, 3]
+    assert values[10.0].covariance_noise_multiplier == pytest.approx(
+        6 / 2.4 * values[10.0].cell_noise_multiplier, rel=0.01
+    )
 
 
 def test_a_large_data_set_warms_up_on_covariances_and_a_small_one_on_distorted_means() -> None:

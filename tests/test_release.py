@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from dpdm import checkpoint, train, warmup
+from dpdm import central_model, checkpoint, train
 from dpdm import config as configs
 from dpdm.account import compose
 from dpdm.data.archive import ArchiveWriter, ImageArchive
@@ -72,7 +72,9 @@ def counted(finished: Workdir, tmp_path_factory: pytest.TempPathFactory) -> tupl
     bought: list[np.ndarray] = []
     original = train.central_images
 
-    def central_images(archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes) -> warmup.Central:
+    def central_images(
+        archive: ImageArchive, config: WarmupConfig, *, num_classes: int, key: bytes
+    ) -> central_model.Central:
         found = original(archive, config, num_classes=num_classes, key=key)
         assert found.frequencies is not None
         bought.append(found.frequencies)

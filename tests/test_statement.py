@@ -191,6 +191,16 @@ def test_sections_that_are_not_shared_stay_refused(release: Path, section: str) 
     assert problems_of(release) == [f"config.json is not that of a release: {section}"]
 
 
+def test_cells_are_stated(tmp_path: Path) -> None:
+    keys = ["train.warmup.covariance_noise_multiplier=3", "train.warmup.covariance_side=4"]
+    cells = ["train.warmup.splits=1", "train.warmup.cell_noise_multiplier=5"]
+    assert "cells" not in make_statement(make_config(keys))["warmup"]
+    assert "parts of each class ('central cells')" in make_statement(make_config([*keys, *cells]))["warmup"]
+    release = make_release(tmp_path / "run", keys=[*keys, *cells])
+    assert not problems_of(release)
+    assert "Central cells" in page(verify(release))
+
+
 @pytest.mark.parametrize(
     ("keys", "counted"),
     [

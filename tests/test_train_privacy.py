@@ -74,7 +74,7 @@ class Watch:
         monkeypatch.setattr(train, "private_step", private_step)
         monkeypatch.setattr(train, "poisson_sample", poisson_sample)
         monkeypatch.setattr(train, "private_gradient", private_gradient)
-        monkeypatch.setattr("dpdm.warmup.noisy_class_means", noisy_class_means)
+        monkeypatch.setattr("dpdm.central_model.noisy_class_means", noisy_class_means)
 
 
 class DiedError(Exception):
@@ -234,6 +234,59 @@ def test_covariances_about_other_centres_are_another_purchase(
     moved = 0.01
     with pytest.raises(InputError, match="central covariances were bought, got another"):
         train.train(config, run, resume=True)
+    assert len(seen) == 2
+
+
+CELLS = ["enabled=true", "num_iterations=1", "noise_multiplier=4", "covariance_noise_multiplier=3"]
+CELLS = [f"train.warmup.{key}" for key in (*CELLS, "splits=1", "cell_noise_multiplier=5")]
+
+
+def test_cells_are_planned_and_charged_once_and_before_it_looks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, archive: Path
+) -> None:
+    looked: list[int] = []
+    original = train.with_cells
+
+    def with_cells(*positional: Any, **named: Any) -> Any:
+        looked.append(len(Ledger(tmp_path / "w/private/ledger.jsonl").mechanisms()))
+        return original(*positional, **named)
+
+    monkeypatch.setattr(train, "with_cells", with_cells)
+    watch, _ = trained(monkeypatch, tmp_path / "w", config_for(archive, *CELLS))
+    assert looked == [3]
+    ledger = Ledger(watch.workdir.ledger)
+    assert ledger.mechanisms()[2] == Mechanism("central cells", 1.0, 5.0, 1)
+    assert [entry["name"] for entry in ledger.header["plan"]["warmup"]][2:] == ["central cells"]
+    without = make_plan(config_for(archive, *CELLS[:4]), NUM_IMAGES)
+    assert ledger.header["plan"]["epsilon"] > without.epsilon
+
+
+@pytest.mark.parametrize("moved", ["centres", "directions", "cell_centres"])
+def test_cells_that_are_found_otherwise_are_another_purchase(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, archive: Path, moved: str
+) -> None:
+    """Should another machine's arithmetic move what images are told apart by, the same noise must not meet them."""
+    seen: list[bytes] = []
+    split_classes, by = train.split_classes, 0.0
+
+    def split(*positional: Any) -> Any:
+        found = split_classes(*positional)
+        return replace(found, **{moved: getattr(found, moved) + by})
+
+    def killed(*positional: Any, key: bytes) -> Any:
+        seen.append(key)
+        raise DiedError
+
+    monkeypatch.setattr(train, "split_classes", split)
+    monkeypatch.setattr(train, "with_cells", killed)
+    run = Workdir(tmp_path / "w")
+    for _ in range(2):
+        with pytest.raises(DiedError):
+            train.train(config_for(archive, *CELLS), run, resume=bool(seen))
+    assert len(set(seen)) == 1
+    by = 1.0
+    with pytest.raises(InputError, match="central cells were bought, got another"):
+        train.train(config_for(archive, *CELLS), run, resume=True)
     assert len(seen) == 2
 
 

@@ -1,5 +1,6 @@
 """The warm-up looks at nothing but noisy means and public randomness, and its distortions are what they are called."""
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,21 +12,21 @@ import torch
 from scipy.fft import dctn, idctn
 from scipy.ndimage import gaussian_filter
 
-from dpdm import config, warmup
-from dpdm.data.archive import ArchiveWriter, ImageArchive
-from dpdm.privacy.central import WarmupConfig
-from dpdm.warmup import (
+from dpdm import central_model, config
+from dpdm.central_model import (
     Central,
-    augment,
     central_images,
     cosines,
     deviations,
-    gaussian_blur,
-    sampler,
-    train_on_central_images,
+    split_classes,
+    with_cells,
     with_covariances,
     with_less_noise,
 )
+from dpdm.data.archive import ArchiveWriter, ImageArchive
+from dpdm.errors import InputError
+from dpdm.privacy.central import WarmupConfig
+from dpdm.warmup import augment, draw_cells, gaussian_blur, sampler, train_on_central_images
 
 
 def test_blur_against_scipy() -> None:
@@ -221,7 +222,7 @@ def test_covariances_and_their_noise_are_measured_by_released_sizes(
     archive = archive_of_lines(tmp_path / "a.zip", kept_of_class_1=66)
     released = np.array([150.0, 116.0])
     seen: list[np.ndarray] = []
-    real, factors = warmup.noisy_class_covariances, warmup.principal_factors
+    real, factors = central_model.noisy_class_covariances, central_model.principal_factors
 
     def covariances(*arguments: Any, class_sizes: np.ndarray, **named: Any) -> np.ndarray:
         seen.append(class_sizes)
@@ -231,8 +232,8 @@ def test_covariances_and_their_noise_are_measured_by_released_sizes(
         seen.append(noise)
         return factors(found, noise, rank)
 
-    monkeypatch.setattr(warmup, "noisy_class_covariances", covariances)
-    monkeypatch.setattr(warmup, "principal_factors", note_noise)
+    monkeypatch.setattr(central_model, "noisy_class_covariances", covariances)
+    monkeypatch.setattr(central_model, "principal_factors", note_noise)
     loud = replace(LINE, covariance_noise_multiplier=3.0, covariance_clipping_norm=2.0)
     with_covariances(Central(np.zeros((2, 1, 8, 8)), np.arange(2), released), archive, loud, key=bytes(32))
     assert np.allclose(seen[0], released)
@@ -245,3 +246,149 @@ def test_without_classes_there_is_one_covariance(tmp_path: Path) -> None:
     factors = with_covariances(central, archive, LINE, key=bytes(32)).factors
     assert factors is not None
     assert factors.shape[0] == 1
+
+
+CELLS = replace(
+    LINE, noise_multiplier=1e-9, clipping_norm=100.0, covariance_side=8, splits=1, cell_noise_multiplier=1e-9
+)
+
+
+def with_two_cells(archive: ImageArchive, settings: WarmupConfig = CELLS, num_classes: int = 2) -> Central:
+    central = central_images(archive, settings, num_classes=num_classes, key=bytes(32))
+    central = with_covariances(central, archive, settings, key=bytes(32))
+    return with_cells(central, split_classes(central, settings), archive, settings, key=bytes(32))
+
+
+def test_cells_are_what_a_class_is_made_of(tmp_path: Path) -> None:
+    """In class 0 there are two images, in unequal numbers: two cells, which do not vary in themselves."""
+    archive = archive_of_lines(tmp_path / "a.zip")
+    central = with_two_cells(archive)
+    assert central.factors is not None
+    assert central.shares is not None
+    assert central.labels.tolist() == [0, 0, 1, 1]
+    pixels = archive.read(np.arange(200))[:, 0] / 255  # of class 0: archives are sorted by class
+    bright = pixels[:, 0, 0] > 0.6
+    order = [0, 1] if central.means[0].mean() < central.means[1].mean() else [1, 0]
+    for cell, own in zip(order, (~bright, bright), strict=True):
+        assert np.allclose(central.means[cell], pixels[own].mean(0), atol=0.02)
+        assert central.shares[cell] == pytest.approx(own.mean(), abs=0.01)
+        assert np.abs(central.factors[cell]).max() < 0.03
+    draw = sampler(central, torch.Generator().manual_seed(0), torch.device("cpu"))
+    labels = torch.arange(2).repeat(2000)
+    cells = draw_cells(central, labels, torch.Generator().manual_seed(1))
+    assert torch.equal(torch.from_numpy(central.labels)[cells], labels)
+    upper = (draw(cells)[::2, 0, 0, 0] + 1) / 2
+    assert (upper > 0.6).float().mean().item() == pytest.approx(bright.mean(), abs=0.03)
+    assert ((upper - 128 / 255).abs() < 0.03).sum() + ((upper - 168 / 255).abs() < 0.03).sum() == len(upper)
+
+
+def archive_of_slopes(path: Path, *, steep: bool = False) -> ImageArchive:
+    """300 images without classes, brighter downwards and to the right as chance will, the first as far as can be."""
+    random = np.random.default_rng(0)
+    with ArchiveWriter(path) as writer:
+        for index in range(300):
+            slope = random.normal() * 30 * np.linspace(-1, 1, 8)[:, None] + random.normal() * 15 * np.linspace(-1, 1, 8)
+            writer.add((128 + slope * (100 if steep and not index else 1)).clip(0, 255).astype(np.uint8)[None], None)
+    return ImageArchive(path)
+
+
+def test_cells_against_a_loop(tmp_path: Path) -> None:
+    """Moments of each cell's images as they are, without clipping; draws are farther from the mean by the scale."""
+    archive = archive_of_slopes(tmp_path / "a.zip")
+    settings = replace(CELLS, splits=2, covariance_side=8, covariance_scale=1.5)
+    central = central_images(archive, settings, num_classes=0, key=bytes(32))
+    central = with_covariances(central, archive, settings, key=bytes(32))
+    split = split_classes(central, settings)
+    found = with_cells(central, split, archive, settings, key=bytes(32))
+    assert found.factors is not None
+    assert found.shares is not None
+    pixels = archive.read(np.arange(300)) / 255
+    cells = split.cells(pixels, np.zeros(300, np.int64))
+    for cell in range(4):
+        own = pixels[cells == cell].reshape(-1, 64)
+        assert len(own) > 40
+        assert found.shares[cell] == pytest.approx(len(own) / 300, abs=1e-3)
+        assert np.allclose(found.means[cell].ravel(), own.mean(0), atol=3e-3)
+        factors = found.factors[cell].reshape(-1, 64) / 1.5
+        assert np.allclose(factors.T @ factors, np.cov(own.T, bias=True), atol=3e-4)
+        assert np.allclose(split.cell_centres[cell].ravel(), own.mean(0), atol=0.04)  # expected before it was bought
+
+
+def test_cells_that_noise_hides_are_as_their_class_is(tmp_path: Path) -> None:
+    archive = archive_of_lines(tmp_path / "a.zip")
+    central = with_two_cells(archive, replace(CELLS, cell_noise_multiplier=1e6))
+    assert central.factors is not None
+    assert central.shares is not None
+    assert np.array_equal(central.means[0], central.means[1])
+    assert np.array_equal(central.factors[2], central.factors[3])
+    assert np.allclose(central.shares.reshape(2, 2).sum(1), 1)
+
+
+def test_a_cell_is_found_by_whole_numbers(tmp_path: Path) -> None:
+    """On any hardware the same, so that the randomness of their purchase never meets other sums."""
+    archive = archive_of_lines(tmp_path / "a.zip")
+    settings = replace(CELLS, splits=2)
+    central = with_covariances(
+        central_images(archive, settings, num_classes=2, key=bytes(32)), archive, settings, key=bytes(32)
+    )
+    split = split_classes(central, settings)
+    for numbers in (split.directions, split.centres * 2**10, split.cell_centres * 2**10):
+        assert np.array_equal(numbers, np.rint(numbers))
+    seen: list[np.ndarray] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "einsum", lambda how, a, b: seen.extend([a, b]) or np.zeros((len(a), 2)))
+        split.cells(archive.read(np.arange(5)) / 255, np.zeros(5, np.int64))
+    distances, directions = seen
+    assert np.array_equal(distances, np.rint(distances))
+    assert np.abs(distances).max() > 1000
+    assert np.square(distances).sum() * np.square(directions).sum() < 2.0**106  # by Cauchy and Schwarz no sum is larger
+
+
+def test_a_record_adds_one_vector_of_its_own_to_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another image in its place changes its own vector and cell, and nothing of the others', nor the noise."""
+    settings = replace(CELLS, splits=2, covariance_clipping_norm=2.0, cell_noise_multiplier=3.0)
+    archive = archive_of_slopes(tmp_path / "a.zip")
+    central = central_images(archive, settings, num_classes=0, key=bytes(32))
+    central = with_covariances(central, archive, settings, key=bytes(32))
+    split = split_classes(central, settings)
+    seen: list[tuple[np.ndarray, np.ndarray, dict[str, Any]]] = []
+    real = central_model.noisy_class_covariances
+
+    def covariances(pieces: Any, labels: np.ndarray, **named: Any) -> np.ndarray:
+        whole = np.concatenate(list(pieces))
+        seen.append((whole, labels, named))
+        return real([whole], labels, **named)
+
+    monkeypatch.setattr(central_model, "noisy_class_covariances", covariances)
+    for images in (archive, archive_of_slopes(tmp_path / "b.zip", steep=True)):
+        with_cells(central, split, images, settings, key=bytes(32))
+    (vectors, cells, named), (others, other_cells, other_named) = seen
+    changed = (vectors != others).any(1) | (cells != other_cells)
+    assert changed.sum() == 1
+    for arguments in (named, other_named):
+        assert arguments.pop("class_sizes").tolist() == [1.0] * 4
+    assert named == other_named == {
+        "dataset_size": 300,
+        "num_classes": 4,
+        "clipping_norm": 2.0 * np.hypot(1, 0.5),
+        "noise_multiplier": 3.0,
+        "key": bytes(32),
+    }  # fmt: skip
+    assert np.all(vectors[:, -1] == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["splits=1"], "both train.warmup.splits and train.warmup.cell_noise_multiplier, or neither, got 1 and null"),
+        (["cell_noise_multiplier=3"], "or neither, got 0 and 3"),
+        (["splits=1", "cell_noise_multiplier=3", "covariance_noise_multiplier=null"], "splits=0 without covariances"),
+        (["splits=1", "cell_noise_multiplier=3", "means_per_class=2"], "several means per class, got 1"),
+        (["splits=11", "cell_noise_multiplier=3"], "splits <= 10 and <= train.warmup.covariance_rank, got 11"),
+        (["splits=2", "cell_noise_multiplier=3", "covariance_rank=1"], "covariance_rank, got 2"),
+        (["splits=1", "cell_noise_multiplier=0"], "train.warmup.cell_noise_multiplier > 0"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(keys: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=re.escape(expected)):
+        config.load([], [f"train.warmup.{key}" for key in ("covariance_noise_multiplier=3", *keys)])

@@ -33,6 +33,7 @@ class Words:
     several: str
     central: str
     covariances: str
+    cells: str
     assumptions: tuple[str, ...]
     not_covered: tuple[str, ...]
 
@@ -47,6 +48,9 @@ WORDS = {
         central="each image clipped and added to one of them",
         covariances="noisy covariances of each class ('central covariances'), to which each image adds the product of "
         "its clipped distance from its class's noisy mean with itself",
+        cells="noisy sizes, means and covariances of parts of each class ('central cells'), to one of which, told by "
+        "the covariances bought before, each image adds the product of a vector with itself: one and its distance from "
+        "where that part is expected, clipped together",
         assumptions=(
             "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
         ),
@@ -61,6 +65,9 @@ WORDS = {
         central="of each person one image, chosen at random, clipped and added to one of them",
         covariances="noisy covariances of each class ('central covariances'), to which one image of each person, "
         "chosen at random, adds the product of its clipped distance from its class's noisy mean with itself",
+        cells="noisy sizes, means and covariances of parts of each class ('central cells'), to one of which, told by "
+        "the covariances bought before, one image of each person, chosen at random, adds the product of a vector with "
+        "itself: one and its distance from where that part is expected, clipped together",
         assumptions=(
             "The groups are right: all images that show a person are in one group. Whoever is in several groups is "
             "protected as so many persons are together (see group_privacy).",
@@ -141,6 +148,8 @@ def make_statement(
             statement["warmup"] += f", and with them, in the same vector, {COUNTED}"
         if len(warmup) > 1:
             statement["warmup"] += f"; {words.covariances}"
+        if len(warmup) > 2:
+            statement["warmup"] += f"; {words.cells}"
     return statement | _further(sources, half)
 
 

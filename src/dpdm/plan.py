@@ -7,7 +7,7 @@ from dpdm import account
 from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.privacy import accounting
-from dpdm.privacy.central import LARGEST_DATASET
+from dpdm.privacy.central import LARGEST_DATASET, MECHANISMS
 from dpdm.privacy.dpsgd import LARGEST_BATCH
 from dpdm.published_words import check_words
 from dpdm.untrusted import clean
@@ -21,7 +21,7 @@ class Plan:
         dataset_size: N, the number of images, or of groups.
         sampling_rate, num_iterations, noise_multiplier: of DP-SGD.
         epsilon: of everything in the plan, at ``delta``. Without privacy it is infinite, and there is no noise.
-        warmup: the mechanisms of central images and covariances; none without a warm-up.
+        warmup: the mechanisms of central images, covariances and cells; none without a warm-up.
         unit: what one record is, "image" or "group".
     """
 
@@ -109,8 +109,7 @@ def check_keys(config: Config) -> None:
     if train.num_iterations is not None:
         account.check_steps(train.num_iterations, "train.num_iterations")
     for mechanism in train.warmup.mechanisms():
-        name = "noise_multiplier" if mechanism.name == "central images" else "covariance_noise_multiplier"
-        account.check_noise_multiplier(mechanism.noise_multiplier, f"train.warmup.{name}")
+        account.check_noise_multiplier(mechanism.noise_multiplier, f"train.warmup.{MECHANISMS[mechanism.name]}")
 
 
 def check_public(config: Config) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 
 from dpdm import account, checkpoint, distributed
 from dpdm import config as configs
+from dpdm.central_model import check_covariances
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive
@@ -54,7 +55,6 @@ from dpdm.statement import SCORE, planned_steps
 from dpdm.synthesize import Request, claim, configure, prepare_data, start_over
 from dpdm.train import train
 from dpdm.tune import built_in_candidates, silence
-from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
 SCORE_IMAGES = 2000  # synthetic images that the classifier learns from

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpdm import checkpoint, distributed
 from dpdm import config as configs
+from dpdm.central_model import check_covariances
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
 from dpdm.data.archive import ImageArchive, is_archive
@@ -44,7 +45,6 @@ from dpdm.plan import Plan, check_keys, check_names, make_plan
 from dpdm.privacy import noise
 from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
-from dpdm.warmup import check_covariances
 from dpdm.workdir import Workdir
 
 SELECTED = "give dpdm tune's own command once more, which begins anew for nothing more"

@@ -20,11 +20,12 @@ from dpdm.initial import Source, read_sources
 from dpdm.own_statement import LIBRARIES, WORDS, make_statement, public_statement
 from dpdm.privacy import accounting, second_accountant, second_selection
 from dpdm.privacy.accounting import Mechanism, Selection, Spend, parts, spend_from
+from dpdm.privacy.central import MECHANISMS
 from dpdm.recipes import score_noise_multiplier
 from dpdm.release import ALLOWED
 from dpdm.untrusted import clean
 
-KNOWN_MECHANISMS = ("DP-SGD", "central images", "central covariances")
+KNOWN_MECHANISMS = ("DP-SGD", *MECHANISMS)
 SCORE = "noisy score"  # of a run that a private selection chooses by
 # A statement's epsilon is the first accountant's own number: the rounding of floats apart they are equal. The second
 # accountant is within 0.1 % of the truth and, like the first, never below it; so a second number that is larger by more
@@ -138,7 +139,7 @@ def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: C
         ("delta", delta, dp.delta),
         ("clipping_norm", statement["clipping_norm"], dp.clipping_norm),
     ]
-    for name in ("central images", "central covariances"):
+    for name in MECHANISMS:
         facts.append((f"the mechanism of {name}", used.get(name), bought.get(name)))
     unit = config.data.unit
     problems = [] if delta * size < 1 else [f"delta {delta:g} allows publishing one of {size} {unit}s as it is"]

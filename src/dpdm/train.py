@@ -22,6 +22,7 @@ from torch import Tensor
 from dpdm import config as configs
 from dpdm import distributed
 from dpdm.announcement import announcement
+from dpdm.central_model import central_images, split_classes, with_cells, with_covariances
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config, ModelConfig, TrainConfig
 from dpdm.data.archive import ImageArchive
@@ -42,7 +43,7 @@ from dpdm.privacy.poisson import physical_batches, poisson_sample
 from dpdm.progress import Progress
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
 from dpdm.transfer import to_device, to_host
-from dpdm.warmup import central_images, train_on_central_images, with_covariances
+from dpdm.warmup import train_on_central_images
 from dpdm.workdir import Workdir
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
@@ -310,7 +311,7 @@ def _take(
 
 
 def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState:
-    """Buys central images, and covariances if the config asks for them, and trains on them; returns where it ends.
+    """Buys central images, and what else is planned, and trains on images drawn from it all; returns where it ends.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C. Nothing of it is saved: resumed, the run draws the same again, at no cost.
@@ -327,6 +328,10 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
         if central is None:
             key = books.buy_for_warmup(mechanism)
             central = central_images(run.archive, config, num_classes=num_classes, key=key)
+        elif mechanism.name == "central cells":
+            split = split_classes(central, config)
+            key = books.buy_for_warmup(mechanism, split.digest())
+            central = with_cells(central, split, run.archive, config, key=key)
         else:
             key = books.buy_for_warmup(mechanism, hashlib.sha256(central.centres().tobytes()).hexdigest())
             central = with_covariances(central, run.archive, config, key=key)

@@ -35,6 +35,7 @@ import torch
 import torch._dynamo  # Adam loads it when it is first used
 from safetensors import SafetensorError
 
+import dpdm.central_model
 import dpdm.checkpoint
 import dpdm.data.prepare
 import dpdm.evaluate
@@ -43,7 +44,6 @@ import dpdm.privacy.central
 import dpdm.release
 import dpdm.synthesize
 import dpdm.train
-import dpdm.warmup
 from dpdm import config as configs
 from dpdm.cli import run_command
 from dpdm.privacy.accounting import Mechanism, epsilon_spent
@@ -114,7 +114,7 @@ def full_from(number: int) -> None:
 
 
 def note_draws(path: str) -> None:
-    step_keys, means = dpdm.train.step_keys, dpdm.warmup.noisy_class_means
+    step_keys, means = dpdm.train.step_keys, dpdm.central_model.noisy_class_means
 
     def note(what: str, key: bytes) -> None:
         descriptor = real_open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -129,7 +129,7 @@ def note_draws(path: str) -> None:
         note("central images", key)
         return means(*arguments, key=key, **named)
 
-    dpdm.train.step_keys, dpdm.warmup.noisy_class_means = noted_keys, noted_means
+    dpdm.train.step_keys, dpdm.central_model.noisy_class_means = noted_keys, noted_means
 
 
 def move_the_clock(seed: int) -> None:

@@ -24,6 +24,7 @@ MOST_ABOVE_ZERO = {
     "means_per_class": 1e4,
     "clipping_norm": 1e6,
     "covariance_noise_multiplier": 1e30,
+    "cell_noise_multiplier": 1e30,
     "covariance_clipping_norm": 1e6,
     "covariance_side": 1e6,
     "covariance_rank": 1e6,
@@ -32,6 +33,16 @@ MOST_ABOVE_ZERO = {
     "learning_rate": 1e6,
 }
 MOST_FROM_ZERO = {"count_weight": 1e6, "num_iterations": 1e9, "augmentation": 1e3, "blur": 1.0, "contrast": 1e3}
+MOST_SPLITS = 10
+# What counts an image in its cell's moments, as a share of the norm to which its distance is clipped: enough to know a
+# cell's mean by, and little enough not to make the noise of its covariance much more.
+CELL_WEIGHT = 0.5
+# What the warm-up may buy, in this order, and the key of the noise that each mechanism has.
+MECHANISMS = {
+    "central images": "noise_multiplier",
+    "central covariances": "covariance_noise_multiplier",
+    "central cells": "cell_noise_multiplier",
+}
 LARGEST_PIXEL_NOISE = 0.3  # of a mean, whose pixels run from 0 to 1, that a small class's own size may bring about
 
 
@@ -56,6 +67,10 @@ class WarmupConfig:
         covariance_rank: most directions of each class.
         covariance_scale: how much farther images are drawn from their mean than was bought: clipping shortens what is
             bought, and directions are missing. 1: not at all.
+        splits: how often each class is split in two, by the side of one of its first principal directions on which an
+            image lies: into 2^splits cells with a mean and a covariance of their own; 0: not at all.
+        cell_noise_multiplier: of the one release of all cells' moments, noise standard deviation / (1.25
+            covariance_clipping_norm^2); given with ``splits``, and None without.
         num_iterations: training steps on the noisy means; they cost no privacy.
         batch_size: images per such step.
         learning_rate: of Adam, for these steps.
@@ -75,6 +90,8 @@ class WarmupConfig:
     covariance_side: int = 16
     covariance_rank: int = 30
     covariance_scale: float = 1.0
+    splits: int = 0
+    cell_noise_multiplier: float | None = None
     num_iterations: int = 1000
     batch_size: int = 64
     learning_rate: float = 1e-3
@@ -97,6 +114,22 @@ class WarmupConfig:
                 f"Expected train.warmup.count_weight=0, or in [{SMALLEST_COUNT_WEIGHT}, {LARGEST_COUNT_WEIGHT:g}], got "
                 f"{self.count_weight}: 0.2 is what the recipe has."
             )
+        if not 0 <= self.splits <= min(MOST_SPLITS, self.covariance_rank):
+            raise InputError(
+                f"Expected 0 <= train.warmup.splits <= {MOST_SPLITS} and <= train.warmup.covariance_rank, got "
+                f"{self.splits}."
+            )
+        if self.splits and (self.covariance_noise_multiplier is None or self.means_per_class > 1):
+            raise InputError(
+                "Expected train.warmup.splits=0 without covariances or with several means per class, got "
+                f"{self.splits}: classes are split by their covariances; set train.warmup.covariance_noise_multiplier "
+                "and train.warmup.means_per_class=1."
+            )
+        if bool(self.splits) != (self.cell_noise_multiplier is not None):
+            raise InputError(
+                "Expected both train.warmup.splits and train.warmup.cell_noise_multiplier, or neither, got "
+                f"{self.splits} and {'null' if self.cell_noise_multiplier is None else self.cell_noise_multiplier}."
+            )
         if not 0 <= self.ema_rate < 1:
             raise InputError(f"Expected 0 <= train.warmup.ema_rate < 1, got {self.ema_rate}.")
 
@@ -104,10 +137,8 @@ class WarmupConfig:
         """Returns what the warm-up buys, in this order: full-batch Gaussian mechanisms; none if it is not enabled."""
         if not self.enabled:
             return ()
-        means = Mechanism("central images", 1.0, self.noise_multiplier, 1)
-        if self.covariance_noise_multiplier is None:
-            return (means,)
-        return (means, Mechanism("central covariances", 1.0, self.covariance_noise_multiplier, 1))
+        noise = {name: getattr(self, key) for name, key in MECHANISMS.items()}
+        return tuple(Mechanism(name, 1.0, value, 1) for name, value in noise.items() if value is not None)
 
     def counts(self, num_classes: int) -> bool:
         """Whether noisy sizes of the classes are among what it buys; that of a single class is N, which is public."""
