@@ -88,10 +88,10 @@ def test_classes_are_split_as_often_as_noise_allows() -> None:
         ).train.warmup
         for epsilon in (1.0, 10.0)
     }
-    assert [warmup.splits for warmup in values.values()] == [0, 3]
-    assert values[10.0].covariance_noise_multiplier == pytest.approx(
-        6 / 2.4 * values[10.0].cell_noise_multiplier, rel=0.01
-    )
+    assert [(warmup.splits, warmup.covariance_scale) for warmup in values.values()] == [(0, 1.0), (3, 1.3)]
+    split = values[10.0]
+    assert split.cell_noise_multiplier is not None
+    assert split.covariance_noise_multiplier == pytest.approx(6 / 2.4 * split.cell_noise_multiplier, rel=0.01)
 
 
 def test_a_large_data_set_warms_up_on_covariances_and_a_small_one_on_distorted_means() -> None:

@@ -33,6 +33,7 @@ COARSEST_COVARIANCE = 1 / 7  # with fewer nothing but blots is told apart
 SPLIT_COSTS = (6.0, 2.4)
 MOST_SPLITS = 3
 CELL_NOISE = 0.05  # as COVARIANCE_NOISE, of a cell
+CELL_SCALE = 1.3  # of draws: of a cell, with few images, fewer directions stand out
 COVARIANCE_NOISE = 0.12  # largest eigenvalue of their noise, as a share of the largest total variance of a class; tried
 
 
@@ -136,7 +137,11 @@ def num_splits(dataset_size: int, num_channels: int, num_classes: int, side: int
 
 
 def _cells(splits: int, noise_multiplier: float) -> list[str]:
-    return [f"train.warmup.splits={splits}", f"train.warmup.cell_noise_multiplier={noise_multiplier:.3g}"]
+    return [
+        f"train.warmup.splits={splits}",
+        f"train.warmup.cell_noise_multiplier={noise_multiplier:.3g}",
+        f"train.warmup.covariance_scale={CELL_SCALE}",
+    ]
 
 
 def _covariances(side: int, noise_multiplier: float) -> list[str]:
