@@ -41,7 +41,7 @@ def measure(archive: ImageArchive, tested: ImageArchive, config: WarmupConfig, *
         central = with_cells(central, split_classes(central, config), archive, config, key=new_key())
     generator = torch.Generator().manual_seed(0)
     labels = np.arange(NUM_DRAWN_FOR_CNN if cnn else NUM_DRAWN) % archive.num_classes
-    draw = sampler(central, generator, torch.device("cpu"))
+    draw = sampler(central, generator, torch.device("cpu"), scale=config.covariance_scale)
     cells = draw_cells(central, torch.from_numpy(labels), generator)
     images = ((augment(draw(cells), config, generator) + 1) * 127.5).round().byte().numpy()
     rows = np.unique(np.linspace(0, tested.num_images - 1, NUM_TESTED).astype(np.int64))

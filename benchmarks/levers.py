@@ -61,7 +61,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "guidance 1": ("sampler.guidance_scale=1",),
     "ddim, 50 steps": ("sampler.type=ddim", "sampler.num_steps=50"),
 }
-WITHOUT_COVARIANCES = "train.warmup.covariance_noise_multiplier=null"
+WITHOUT_CELLS = ("train.warmup.splits=0", "train.warmup.cell_noise_multiplier=null", "train.warmup.covariance_scale=1")
+WITHOUT_COVARIANCES = (*WITHOUT_CELLS, "train.warmup.covariance_noise_multiplier=null")
 SMALL = (  # for the recipe's large network on a large data set
     "model.network.width=8",
     "model.network.num_res_blocks=1",
@@ -73,9 +74,9 @@ LEVERS_OF_MNIST: dict[str, tuple[str, ...]] = {
     "the recipe, small": (),
     "no warm-up": ("train.warmup.enabled=false",),
     "the warm-up alone": ("train.num_epochs=0.05", "optim.learning_rate=1e-9"),
-    "central images alone": (WITHOUT_COVARIANCES,),
+    "central images alone": WITHOUT_COVARIANCES,
     "central images alone, distorted": (
-        WITHOUT_COVARIANCES,
+        *WITHOUT_COVARIANCES,
         "train.warmup.augmentation=1",
         "train.warmup.blur=0.09",
         "train.warmup.contrast=0.2",

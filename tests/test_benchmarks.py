@@ -23,8 +23,10 @@ import torch
 from _charts import write_between
 from dp_step import NETWORKS, Problem
 
+from dpdm import config as configs
 from dpdm.account import steps_of
 from dpdm.errors import InputError, RunError
+from dpdm.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
@@ -310,6 +312,9 @@ def test_levers_are_keys_that_a_run_takes_and_their_table_is_made_of_runs(
         }
 
     monkeypatch.setattr(levers, "synthesize", synthesize)
+    facts = {"resolution": 7, "num_channels": 1, "num_classes": 10, "epsilon": 1.0, "delta": 1e-5}
+    for keys in levers.LEVERS_OF_MNIST.values():
+        configs.load([], [*recipe(dataset_size=50_000, **facts), *levers.SMALL, *keys])  # type: ignore[arg-type]
     for ablation in (levers.DIGITS, levers.of_mnist("folder")):
         asked.clear()
         levers.measure(ablation, 10.0, list(ablation.levers), 1, ["setup.device=cpu"])

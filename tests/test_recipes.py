@@ -41,7 +41,10 @@ def test_every_recipe_is_a_config_that_fits_its_data(
     assert share < (0.5 if warmup.covariance_noise_multiplier is None else 0.8) * epsilon
     if warmup.covariance_noise_multiplier is not None:
         assert warmup.covariance_side <= resolution
-        assert max(num_classes, 1) * num_entries(num_channels * warmup.covariance_side**2) <= LARGEST_SIZE
+        numbers = num_channels * warmup.covariance_side**2
+        assert max(num_classes, 1) * num_entries(numbers) <= LARGEST_SIZE
+        assert warmup.splits <= numbers
+        assert not warmup.splits or 2**warmup.splits * max(num_classes, 1) * num_entries(numbers + 1) <= LARGEST_SIZE
     if resolution <= 64 and num_channels == 1:
         config.build_denoiser(loaded)
 

@@ -15,7 +15,9 @@ from scipy.ndimage import gaussian_filter
 from dpdm import central_model, config
 from dpdm.central_model import (
     Central,
+    as_images,
     central_images,
+    check_covariances,
     cosines,
     deviations,
     split_classes,
@@ -193,7 +195,7 @@ def test_samples_vary_as_the_images_of_their_class_do(tmp_path: Path) -> None:
         central_images(archive, quiet, num_classes=2, key=bytes(32)), archive, quiet, key=bytes(32)
     )
     assert central.factors is not None
-    assert central.factors.shape == (2, 3, 1, 8, 8)
+    assert central.factors.shape == (2, 3, 1, 4, 4)
     draw = sampler(central, torch.Generator().manual_seed(0), torch.device("cpu"))
     images = (draw(torch.arange(2).repeat(2000)) + 1) / 2 * 255
     first, second = images[::2, 0], images[1::2, 0]
@@ -293,9 +295,9 @@ def archive_of_slopes(path: Path, *, steep: bool = False) -> ImageArchive:
 
 
 def test_cells_against_a_loop(tmp_path: Path) -> None:
-    """Moments of each cell's images as they are, without clipping; draws are farther from the mean by the scale."""
+    """Moments of each cell's images as they are, without clipping."""
     archive = archive_of_slopes(tmp_path / "a.zip")
-    settings = replace(CELLS, splits=2, covariance_side=8, covariance_scale=1.5)
+    settings = replace(CELLS, splits=2, covariance_side=8)
     central = central_images(archive, settings, num_classes=0, key=bytes(32))
     central = with_covariances(central, archive, settings, key=bytes(32))
     split = split_classes(central, settings)
@@ -309,7 +311,7 @@ def test_cells_against_a_loop(tmp_path: Path) -> None:
         assert len(own) > 40
         assert found.shares[cell] == pytest.approx(len(own) / 300, abs=1e-3)
         assert np.allclose(found.means[cell].ravel(), own.mean(0), atol=3e-3)
-        factors = found.factors[cell].reshape(-1, 64) / 1.5
+        factors = as_images(found.factors[cell], 8).reshape(-1, 64)
         assert np.allclose(factors.T @ factors, np.cov(own.T, bias=True), atol=3e-4)
         assert np.allclose(split.cell_centres[cell].ravel(), own.mean(0), atol=0.04)  # expected before it was bought
 
@@ -375,6 +377,84 @@ def test_a_record_adds_one_vector_of_its_own_to_one_cell(tmp_path: Path, monkeyp
         "key": bytes(32),
     }  # fmt: skip
     assert np.all(vectors[:, -1] == 1.0)
+
+
+def test_cells_are_a_function_of_what_was_bought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the noisy moments nothing of the images is left, neither their numbers nor their means."""
+    settings = replace(CELLS, splits=2)
+    archives = archive_of_slopes(tmp_path / "a.zip"), archive_of_slopes(tmp_path / "b.zip", steep=True)
+    central = central_images(archives[0], settings, num_classes=0, key=bytes(32))
+    central = with_covariances(central, archives[0], settings, key=bytes(32))
+    split = split_classes(central, settings)
+    moments = np.stack([np.diag(np.append(np.full(64, cell + 1.0), 40.0 * 60 * cell)) for cell in range(4)])
+    monkeypatch.setattr(central_model, "noisy_class_covariances", lambda *_, **__: moments)
+    first, second = (with_cells(central, split, archive, settings, key=bytes(32)) for archive in archives)
+    for name in ("means", "labels", "factors", "shares", "class_sizes"):
+        assert np.array_equal(getattr(first, name), getattr(second, name))
+    assert np.allclose(first.shares if first.shares is not None else 0, np.arange(4) / 6)
+
+
+def test_what_cells_hold_stands_out_from_their_noise(tmp_path: Path) -> None:
+    """Of cells without images nothing is drawn but their class, and noise makes no directions."""
+    settings = replace(CELLS, splits=1, covariance_clipping_norm=1.0, cell_noise_multiplier=2.0)
+    archive = archive_of_lines(tmp_path / "a.zip")
+    central = with_covariances(
+        central_images(archive, CELLS, num_classes=2, key=bytes(32)), archive, CELLS, key=bytes(32)
+    )
+    assert central.factors is not None
+    split = split_classes(central, settings)
+    away = replace(split, cell_centres=np.ones_like(split.cell_centres))  # all are far from there, and clipped
+    for key in range(10):
+        found = with_cells(central, away, archive, settings, key=bytes([key]) * 32)
+        assert found.factors is not None
+        assert np.array_equal(found.factors, central.factors[found.labels])  # no direction of their own stands out
+    empty = replace(split, directions=0 * split.directions)  # all images are in each class's first cell
+    for key in range(10):
+        found = with_cells(central, empty, archive, settings, key=bytes([key]) * 32)
+        assert np.array_equal(found.means[[1, 3]], split.centres)
+        assert found.shares is not None
+        assert found.shares[[0, 2]].min() > 0.85
+
+
+def test_a_split_does_not_depend_on_which_way_a_direction_was_found(tmp_path: Path) -> None:
+    archive = archive_of_slopes(tmp_path / "a.zip")
+    settings = replace(CELLS, splits=2)
+    central = central_images(archive, settings, num_classes=0, key=bytes(32))
+    central = with_covariances(central, archive, settings, key=bytes(32))
+    assert central.factors is not None
+    opposite = replace(central, factors=-central.factors)
+    assert split_classes(central, settings).digest() == split_classes(opposite, settings).digest()
+
+
+def test_cells_of_colour_images(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    with ArchiveWriter(tmp_path / "a.zip") as writer:
+        for index in range(200):
+            image = np.full((3, 6, 6), 100, np.uint8)
+            image[index % 3] += np.uint8(100 * random.random())
+            writer.add(image, None)
+    archive = ImageArchive(tmp_path / "a.zip")
+    settings = replace(CELLS, splits=2, covariance_side=3)
+    central = with_two_cells(archive, settings, num_classes=0)
+    assert central.means.shape == (4, 3, 6, 6)
+    assert central.factors is not None
+    assert central.factors.shape == (4, 3, 3, 3, 3)
+    draw = sampler(central, torch.Generator().manual_seed(0), torch.device("cpu"))
+    cells = draw_cells(central, torch.zeros(3000, dtype=torch.int64), torch.Generator().manual_seed(1))
+    drawn = (draw(cells).numpy() + 1) / 2 * 255
+    real = archive.read(np.arange(200))
+    assert np.allclose(drawn.mean((0, 2, 3)), real.mean((0, 2, 3)), atol=2)
+    assert np.allclose(drawn.std(0).mean((1, 2)), real.std(0).mean((1, 2)), rtol=0.15)
+
+
+def test_more_splits_or_cells_than_there_can_be_are_refused_before_anything_is_bought(tmp_path: Path) -> None:
+    archive = archive_of_lines(tmp_path / "a.zip")
+    settings = replace(CELLS, enabled=True, covariance_rank=10, splits=5)
+    with pytest.raises(InputError, match=r"train.warmup.splits <= 4, the numbers .*, got 5: lower it, or raise"):
+        check_covariances(replace(settings, covariance_side=2), archive, 2)
+    check_covariances(settings, archive, 2)
+    with pytest.raises(InputError, match=r"in all central cells, got \d+: lower train.warmup.splits or"):
+        check_covariances(replace(settings, splits=10), archive, 2)
 
 
 @pytest.mark.parametrize(

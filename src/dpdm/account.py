@@ -22,7 +22,7 @@ LARGEST_STEPS = 10**6
 LARGEST_DATASET = 10**10
 MAX_STATEMENT_BYTES = 2**20
 PRIVATE_RELEASE = "private release"  # as ``initial.Source.kind``
-MAX_MECHANISMS = 100  # in one total; a run has three at most
+MAX_MECHANISMS = 100  # in one total; a run has four at most
 PUBLIC = (
     "Expected runs on private images, got {file} of a public model: it spends nothing of theirs and protects nobody on "
     "the public ones; leave it out."

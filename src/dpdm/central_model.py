@@ -9,6 +9,7 @@ import numpy as np
 from scipy.fft import dct
 
 from dpdm.data.archive import ImageArchive
+from dpdm.errors import InputError
 from dpdm.privacy.central import (
     CELL_WEIGHT,
     WarmupConfig,
@@ -36,8 +37,8 @@ class Central:
         labels: (cells,) int64.
         class_sizes: images of each class, (num_classes,) float64.
         frequencies: of the classes, by which images are to be drawn, (num_classes,) float64; None if not counted.
-        factors: of each class's covariance, or of each cell's if they are bought, (num_classes or cells, rank, C, H,
-            W) float64; None without covariances.
+        factors: of each class's covariance, or of each cell's if they are bought, by the lowest frequencies each way,
+            (num_classes or cells, rank, C, side, side) float64; None without covariances.
         shares: how often images of a class are of each of its cells, (cells,) float64; None: all equally often.
     """
 
@@ -127,7 +128,7 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
     Args:
         central: the noisy means and sizes.
         archive: the private images.
-        config: its noise multiplier, clipping norm, side, rank and scale.
+        config: its noise multiplier, clipping norm, side and rank.
         key: of this purpose alone.
     """
     assert config.covariance_noise_multiplier is not None  # the caller has looked
@@ -148,7 +149,7 @@ def with_covariances(central: Central, archive: ImageArchive, config: WarmupConf
     )
     noise = config.covariance_noise_multiplier * norm**2 / math.sqrt(2) / central.class_sizes
     factors = principal_factors(covariances, noise, config.covariance_rank).swapaxes(1, 2)
-    return replace(central, factors=config.covariance_scale * _as_images(factors, channels, side))
+    return replace(central, factors=_as_waves(factors, channels))
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,14 @@ def split_classes(central: Central, config: WarmupConfig) -> Split:
     assert central.factors is not None  # the caller has bought them
     centres, splits = central.centres(), config.splits
     num_classes, channels, side = centres.shape[:3]
-    first = central.factors[:, :splits] / config.covariance_scale
-    low = cosines(side)[: min(side, config.covariance_side)]
-    waves = (low @ first @ low.T).reshape(num_classes, splits, -1)
-    lengths = np.linalg.norm(waves, axis=2, keepdims=True)
-    directions = np.rint(waves / np.maximum(lengths, 1e-12) * FINE)
+    first = central.factors[:, :splits].reshape(num_classes, splits, -1)
+    largest = np.take_along_axis(first, np.abs(first).argmax(2, keepdims=True), 2)
+    first = first * np.where(largest < 0, -1, 1)  # one library finds a direction where another finds its opposite
+    lengths = np.linalg.norm(first, axis=2, keepdims=True)
+    directions = np.rint(first / np.maximum(lengths, 1e-12) * FINE) + 0.0  # no zero below 0, which has other bytes
     signs = (np.arange(2**splits)[:, None] >> np.arange(splits) & 1) * 2 - 1
-    moved = centres[:, None] + math.sqrt(2 / math.pi) * np.einsum("ks,cs...->ck...", signs, first)
+    expected = math.sqrt(2 / math.pi) * np.einsum("ks,csd->ckd", signs, first)
+    moved = centres[:, None] + as_images(_as_waves(expected, channels), side)
     return Split(centres, directions, _in_steps(moved).reshape(-1, channels, side, side))
 
 
@@ -211,7 +213,7 @@ def with_cells(central: Central, split: Split, archive: ImageArchive, config: Wa
     An image's vector is its distance from its cell's expected centre and, behind it, a constant. Products of the vector
     with itself then hold all that makes a cell's Gaussian: how many images it has, their sum and their squares. One
     that is clipped counts for less in all three. A cell whose number does not stand out from its noise gets its class's
-    mean and covariance.
+    mean and covariance, and one that shows no direction of its own its class's covariance.
 
     Of a group of images one takes part, chosen by the key.
 
@@ -222,7 +224,7 @@ def with_cells(central: Central, split: Split, archive: ImageArchive, config: Wa
         central: with covariances, of which ``split`` was made.
         split: into cells.
         archive: the private images.
-        config: its noise multiplier of cells, and clipping norm, side, rank and scale of covariances.
+        config: its noise multiplier of cells, and clipping norm, side and rank of covariances.
         key: of this purpose alone.
     """
     assert config.cell_noise_multiplier is not None  # WarmupConfig has looked
@@ -236,7 +238,7 @@ def with_cells(central: Central, split: Split, archive: ImageArchive, config: Wa
             distances = deviations(piece, split.cell_centres[cells[rows]], side)
             yield np.pad(distances, ((0, 0), (0, 1)), constant_values=CELL_WEIGHT * norm)
 
-    longest = norm * math.hypot(1.0, CELL_WEIGHT)
+    longest = norm * math.sqrt(1 + CELL_WEIGHT**2)
     moments = noisy_class_covariances(
         vectors(),
         cells,
@@ -247,11 +249,12 @@ def with_cells(central: Central, split: Split, archive: ImageArchive, config: Wa
         key=key,
         class_sizes=np.ones(len(split.cell_centres)),
     )
-    return _with_moments(central, split, moments, config.cell_noise_multiplier * longest**2, CELL_WEIGHT * norm, config)
+    noise, rank = config.cell_noise_multiplier * longest**2, config.covariance_rank
+    return _with_moments(central, split, moments, noise=noise, constant=CELL_WEIGHT * norm, rank=rank)
 
 
 def _with_moments(
-    central: Central, split: Split, moments: np.ndarray, noise: float, constant: float, config: WarmupConfig
+    central: Central, split: Split, moments: np.ndarray, *, noise: float, constant: float, rank: int
 ) -> Central:
     """Returns ``central`` with cells of the given noisy moments; looks at no data.
 
@@ -261,7 +264,7 @@ def _with_moments(
         moments: of each cell, (cells, D + 1, D + 1).
         noise: standard deviation of an entry on their diagonals, sqrt(2) of that of one beside it.
         constant: the last number of each vector.
-        config: rank and scale of covariances.
+        rank: most directions of each.
     """
     assert central.factors is not None  # the caller has bought them
     num_classes, channels, side = split.centres.shape[:3]
@@ -273,12 +276,12 @@ def _with_moments(
     if found.any():
         size, beside = counts[found], noise / math.sqrt(2) / counts[found]
         sums = moments[found, -1, :-1] / constant / size[:, None]
-        waves = math.isqrt(sums.shape[1] // channels)
-        less = _less_noise(sums.reshape(-1, channels, waves, waves), beside / constant).reshape(sums.shape)
+        waves = _less_noise(_as_waves(sums[:, None], channels)[:, 0], beside / constant)
+        less = waves.reshape(sums.shape)
         covariances = moments[found, :-1, :-1] / size[:, None, None] - less[:, :, None] * less[:, None, :]
-        own = principal_factors(covariances, beside, config.covariance_rank).swapaxes(1, 2)
-        means[found] = split.cell_centres[found] + _as_images(less[:, None], channels, side)[:, 0]
-        factors[found] = config.covariance_scale * _as_images(own, channels, side)
+        own = _as_waves(principal_factors(covariances, beside, rank).swapaxes(1, 2), channels)
+        means[found] = split.cell_centres[found] + as_images(waves, side)
+        factors[found] = np.where(own.any((1, 2, 3, 4), keepdims=True), own, factors[found])
     shares = counts.clip(1e-9).reshape(num_classes, each)
     shares = (shares / shares.sum(1, keepdims=True)).ravel()
     return replace(central, means=means, labels=np.repeat(central.labels, each), factors=factors, shares=shares)
@@ -289,8 +292,13 @@ def check_covariances(config: WarmupConfig, archive: ImageArchive, num_classes: 
     if config.enabled and config.covariance_noise_multiplier is not None:
         size = archive.num_channels * min(archive.resolution, config.covariance_side) ** 2
         check_size(max(num_classes, 1), size)
+        if config.splits > size:
+            raise InputError(
+                f"Expected train.warmup.splits <= {size}, the numbers by which these images are told apart, got "
+                f"{config.splits}: lower it, or raise train.warmup.covariance_side."
+            )
         if config.splits:
-            check_size(max(num_classes, 1) * 2**config.splits, size + 1)
+            check_size(max(num_classes, 1) * 2**config.splits, size + 1, cells=True)
 
 
 def deviations(images: np.ndarray, centres: np.ndarray, side: int) -> np.ndarray:
@@ -317,11 +325,16 @@ def _in_steps(images: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(images.clip(0, 1) * CENTRE) / CENTRE)
 
 
-def _as_images(vectors: np.ndarray, channels: int, side: int) -> np.ndarray:
-    """Returns the images (n, m, C, H, W) whose lowest frequencies are ``vectors``, (n, m, D)."""
-    fewer = math.isqrt(vectors.shape[-1] // channels)
-    low = cosines(side)[:fewer]
-    return np.asarray(low.T @ vectors.reshape(*vectors.shape[:2], channels, fewer, fewer) @ low)
+def as_images(waves: np.ndarray, side: int) -> np.ndarray:
+    """Returns the images (..., side, side) whose lowest frequencies are ``waves``, (..., fewer, fewer)."""
+    low = cosines(side)[: waves.shape[-1]]
+    return np.asarray(low.T @ waves @ low)
+
+
+def _as_waves(vectors: np.ndarray, channels: int) -> np.ndarray:
+    """Returns vectors (n, m, C * side * side), as ``deviations`` makes them, as (n, m, C, side, side)."""
+    side = math.isqrt(vectors.shape[-1] // channels)
+    return vectors.reshape(*vectors.shape[:2], channels, side, side)
 
 
 def _covariance_norm(archive: ImageArchive, config: WarmupConfig) -> float:

@@ -49,7 +49,7 @@ WORDS = {
         covariances="noisy covariances of each class ('central covariances'), to which each image adds the product of "
         "its clipped distance from its class's noisy mean with itself",
         cells="noisy sizes, means and covariances of parts of each class ('central cells'), to one of which, told by "
-        "the covariances bought before, each image adds the product of a vector with itself: one and its distance from "
+        "what was bought before, each image adds the product of a vector with itself: a constant and its distance from "
         "where that part is expected, clipped together",
         assumptions=(
             "Each person has one image. Whoever has several is protected less, or not at all (see group_privacy).",
@@ -66,8 +66,8 @@ WORDS = {
         covariances="noisy covariances of each class ('central covariances'), to which one image of each person, "
         "chosen at random, adds the product of its clipped distance from its class's noisy mean with itself",
         cells="noisy sizes, means and covariances of parts of each class ('central cells'), to one of which, told by "
-        "the covariances bought before, one image of each person, chosen at random, adds the product of a vector with "
-        "itself: one and its distance from where that part is expected, clipped together",
+        "what was bought before, one image of each person, chosen at random, adds the product of a vector with itself: "
+        "a constant and its distance from where that part is expected, clipped together",
         assumptions=(
             "The groups are right: all images that show a person are in one group. Whoever is in several groups is "
             "protected as so many persons are together (see group_privacy).",
@@ -146,9 +146,10 @@ def make_statement(
         statement["warmup"] = f"noisy class means ('central images'), {words.central}"
         if config.train.warmup.counts(data.num_classes or 0):
             statement["warmup"] += f", and with them, in the same vector, {COUNTED}"
-        if len(warmup) > 1:
+        bought = {mechanism.name for mechanism in warmup}
+        if "central covariances" in bought:
             statement["warmup"] += f"; {words.covariances}"
-        if len(warmup) > 2:
+        if "central cells" in bought:
             statement["warmup"] += f"; {words.cells}"
     return statement | _further(sources, half)
 

@@ -4,11 +4,12 @@ A secret random number of runs is made. Each takes one of the candidates at rand
 randomness, and gets a noisy score; the weights and the score of the best run are kept. What that costs together is
 known (Papernot and Steinke 2022, arXiv 2110.03620), and the noise is such that it meets the budget.
 
-**What a run uses of the private images** is the base of the selection, the same for every candidate: central images if
-the recipe has them, the steps of DP-SGD, and the score. The score is how many of the N training records a classifier
-gets right that learned from this run's synthetic images alone: one record adds 0 or 1, whatever the others are, so
-that it is a Gaussian mechanism of sensitivity 1. Of a group of images one counts, chosen by the key. Training records,
-and not held-out ones, because then each record is in one data set of N that all mechanisms of the base are about.
+**What a run uses of the private images** is the base of the selection, the same for every candidate: what a warm-up
+buys if the recipe has one, the steps of DP-SGD, and the score. The score is how many of the N training records a
+classifier gets right that learned from this run's synthetic images alone: one record adds 0 or 1, whatever the others
+are, so that it is a Gaussian mechanism of sensitivity 1. Of a group of images one counts, chosen by the key. Training
+records, and not held-out ones, because then each record is in one data set of N that all mechanisms of the base are
+about.
 
 **What is seen** is the best run. The others are trained in a folder in ``private/`` that is removed after each run, and
 all that training would print is dropped: no loss, no progress, no count. How long it takes is not hidden; the statement
@@ -193,14 +194,14 @@ def check_same_cost(made: Sequence[Config], overrides: Sequence[Sequence[str]], 
     """Raises InputError unless all candidates buy the same: a selection's cost is known for one base alone.
 
     They may differ in network, preconditioning, averages, loss, optimizer, sampler, clipping norm, and in what a
-    warm-up does with the central images once they are bought.
+    warm-up does with what it has bought.
     """
 
     def bought(config: Config) -> dict[str, Any]:
         return {
             "train.expected_batch_size": config.train.expected_batch_size,
             "the number of steps": planned_steps(config, dataset_size),
-            "train.warmup.noise_multiplier": config.train.warmup.mechanisms(),
+            "a noise multiplier of train.warmup": config.train.warmup.mechanisms(),
             "a key of dp": replace(config.dp, clipping_norm=1.0),
             "a key of data": config.data,
             "a key of setup": config.setup,
@@ -280,8 +281,8 @@ def _one_run(
 
     A run that diverges has no images: none is right, its score is noise alone, and its state is None.
 
-    Guarantee: given the candidate, what is returned is the output of the selection's base under ``key``: central
-    images, DP-SGD and score, each with a key of its own. That a run diverged follows from what DP-SGD released. The
+    Guarantee: given the candidate, what is returned is the output of the selection's base under ``key``: the warm-up's
+    purchases, DP-SGD and score, each with a key of its own. That a run diverged follows from what DP-SGD released. The
     state's curves, which have no noise, are emptied.
     """
     mechanism = found.selection.base[-1]

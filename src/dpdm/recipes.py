@@ -29,7 +29,8 @@ COVARIANCE_COSTS = (2.4, 1.6)
 FINEST_COVARIANCE = 0.54  # of an image's frequencies each way, those that are bought: strokes and seams are in them
 COARSEST_COVARIANCE = 1 / 7  # with fewer nothing but blots is told apart
 # The noise multipliers of covariances by which classes are split, and of their cells, in the same ones: a thirty-sixth
-# and a sixth. Classes are split as often as the noise allows it, up to three times: tried at epsilon 1 and 10.
+# and a sixth. Classes are split as often as the noise allows it, up to three times (tried at epsilon 1 and 10), and as
+# the numbers in all cells can be summed: not for CIFAR-10, whose colours make thrice as many.
 SPLIT_COSTS = (6.0, 2.4)
 MOST_SPLITS = 3
 CELL_NOISE = 0.05  # as COVARIANCE_NOISE, of a cell
@@ -127,10 +128,13 @@ def covariance_side(
 
 
 def num_splits(dataset_size: int, num_channels: int, num_classes: int, side: int, noise_multiplier: float) -> int:
-    """Returns how often each class can be split, so that its cells' covariances still show directions; see above."""
+    """Returns how often each class can be split, so that its cells' covariances still show directions.
+
+    By the same measure as ``covariance_side``, of cells of average size.
+    """
     classes, size = max(num_classes, 1), num_channels * side**2 + 1
     noise = math.sqrt(2 * size) * noise_multiplier * (1 + CELL_WEIGHT**2) * classes / dataset_size
-    for splits in range(MOST_SPLITS, 0, -1):
+    for splits in range(min(MOST_SPLITS, size - 1), 0, -1):
         if 2**splits * classes * num_entries(size) <= LARGEST_SIZE and 2**splits * noise <= CELL_NOISE:
             return splits
     return 0

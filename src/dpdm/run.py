@@ -106,8 +106,8 @@ class Books:
         Guarantee: both depend on the run's key, the data, the config, what is bought, and on how it is computed
         (code, libraries, hardware, threads, physical batch, of all processes; see ``execution``). So the same
         randomness is not used for two computations that differ; on a CPU, whoever repeats a purchase with the same
-        identity gets the same bits. Central images and covariances are exact integer sums, which no hardware changes:
-        of how they are computed, the code alone counts, and the centres from which covariances are measured.
+        identity gets the same bits. What a warm-up buys are exact integer sums, which no hardware changes: of how they
+        are computed, the code alone counts, and what images are told apart by and measured from.
 
         With dp.seed there is no guarantee, and a step's randomness depends on its number alone: so that runs which
         differ in rounding can be compared.

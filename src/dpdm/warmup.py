@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpdm.central_model import Central
+from dpdm.central_model import Central, cosines
 from dpdm.diffusion.augmentation import NUM_DISTORTIONS, distort
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
@@ -40,7 +40,7 @@ def train_on_central_images(
     ema = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.learning_rate)
     size, num_classes = config.batch_size, len(central.class_sizes)
-    draw = sampler(central, generator, device)
+    draw = sampler(central, generator, device, scale=config.covariance_scale)
     with Progress("Warm-up", config.num_iterations, unit="steps") as progress:
         for step in range(config.num_iterations):
             before_step()
@@ -78,18 +78,24 @@ def draw_cells(central: Central, labels: Tensor, generator: torch.Generator) -> 
     return labels * cells + torch.multinomial(shares[labels], 1, generator=generator)[:, 0]
 
 
-def sampler(central: Central, generator: torch.Generator, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Returns a function that draws an image of each cell (n,): its mean, moved along its or its class's directions."""
+def sampler(
+    central: Central, generator: torch.Generator, device: torch.device, *, scale: float = 1.0
+) -> Callable[[Tensor], Tensor]:
+    """Returns a function that draws an image of each cell (n,): its mean, moved along its or its class's directions.
+
+    ``scale`` times as far as was bought.
+    """
     means = torch.from_numpy(central.means.clip(0, 1)).float().to(device)
     if central.factors is None:
         return lambda cells: means[cells] * 2 - 1
-    factors = torch.from_numpy(central.factors).float().to(device)
+    factors = torch.from_numpy(scale * central.factors).float().to(device)
+    low = torch.from_numpy(cosines(means.shape[-1])[: factors.shape[-1]]).float().to(device)
     each = len(means) // len(factors)
 
     def draw(cells: Tensor) -> Tensor:
         along = torch.randn(len(cells), factors.shape[1], generator=generator).to(device)
-        moved = torch.einsum("nr,nrchw->nchw", along, factors[cells // each])
-        return (means[cells] + moved).clamp(0, 1) * 2 - 1
+        waves = torch.einsum("nr,nrcfg->ncfg", along, factors[cells // each])
+        return (means[cells] + low.T @ waves @ low).clamp(0, 1) * 2 - 1
 
     return draw
 

@@ -13,7 +13,7 @@ MEANING = {
     "DP-SGD": "DP-SGD (training in noisy steps)",
     "central images": "Central images (a noisy average of each class)",
     "central covariances": "Central covariances (noisy measures of how each class's images differ)",
-    "central cells": "Central cells (the same and a noisy average of each part of a class)",
+    "central cells": "Central cells (noisy size, average and measures of difference of each part of a class)",
     "noisy score": "Noisy score (how many are told right by a classifier that learned from synthetic images)",
 }
 RESTS_ON = {

@@ -62,9 +62,10 @@ class WarmupConfig:
         covariance_noise_multiplier: noise standard deviation / covariance_clipping_norm^2 of the one release of all
             classes' covariances; None: they are not bought.
         covariance_clipping_norm: bound on an image's distance from its class's noisy mean, pixels in [0, 1], by its
-            lowest frequencies (see ``warmup.deviations``); None: a fifth of the norm of an all-white image.
+            lowest frequencies (see ``central_model.deviations``), or from where its cell is expected; None: a fifth of
+            the norm of an all-white image.
         covariance_side: most frequencies each way by which deviations are measured.
-        covariance_rank: most directions of each class.
+        covariance_rank: most directions of each class, and of each cell.
         covariance_scale: how much farther images are drawn from their mean than was bought: clipping shortens what is
             bought, and directions are missing. 1: not at all.
         splits: how often each class is split in two, by the side of one of its first principal directions on which an
@@ -117,18 +118,20 @@ class WarmupConfig:
         if not 0 <= self.splits <= min(MOST_SPLITS, self.covariance_rank):
             raise InputError(
                 f"Expected 0 <= train.warmup.splits <= {MOST_SPLITS} and <= train.warmup.covariance_rank, got "
-                f"{self.splits}."
+                f"{self.splits}: 3 is what the recipe has at most."
             )
         if self.splits and (self.covariance_noise_multiplier is None or self.means_per_class > 1):
             raise InputError(
                 "Expected train.warmup.splits=0 without covariances or with several means per class, got "
                 f"{self.splits}: classes are split by their covariances; set train.warmup.covariance_noise_multiplier "
-                "and train.warmup.means_per_class=1."
+                "and train.warmup.means_per_class=1, or train.warmup.splits=0 and "
+                "train.warmup.cell_noise_multiplier=null."
             )
         if bool(self.splits) != (self.cell_noise_multiplier is not None):
             raise InputError(
                 "Expected both train.warmup.splits and train.warmup.cell_noise_multiplier, or neither, got "
-                f"{self.splits} and {'null' if self.cell_noise_multiplier is None else self.cell_noise_multiplier}."
+                f"{self.splits} and {'null' if self.cell_noise_multiplier is None else self.cell_noise_multiplier}: "
+                "give a noise multiplier with splits, and null without."
             )
         if not 0 <= self.ema_rate < 1:
             raise InputError(f"Expected 0 <= train.warmup.ema_rate < 1, got {self.ema_rate}.")

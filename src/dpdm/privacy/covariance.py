@@ -23,12 +23,13 @@ LARGEST_SIZE = 2**22  # numbers in all matrices together
 MARGIN = 1.1e-6
 
 
-def check_size(num_classes: int, size: int) -> None:
-    """Raises InputError if the covariances of classes of vectors of ``size`` numbers are more than can be summed."""
+def check_size(num_classes: int, size: int, *, cells: bool = False) -> None:
+    """Raises InputError if the covariances of classes, or cells, of vectors of ``size`` numbers are too many to sum."""
     if (total := num_classes * num_entries(size)) > LARGEST_SIZE:
+        what, key = ("cells", "train.warmup.splits or ") if cells else ("covariances", "")
         raise InputError(
-            f"Expected at most {LARGEST_SIZE} numbers in all central covariances, got {total}: lower "
-            "train.warmup.covariance_side."
+            f"Expected at most {LARGEST_SIZE} numbers in all central {what}, got {total}: lower "
+            f"{key}train.warmup.covariance_side."
         )
 
 
@@ -74,7 +75,7 @@ def noisy_class_covariances(
     if dataset_size > LARGEST_DATASET:
         raise InputError(
             f"Expected at most {LARGEST_DATASET} images for central covariances, got {dataset_size}: set "
-            "train.warmup.covariance_noise_multiplier=null."
+            "train.warmup.covariance_noise_multiplier=null, and train.warmup.splits=0 with its noise multiplier null."
         )
     sums: np.ndarray | None = None
     start = 0
