@@ -13,7 +13,7 @@ from dpdm.privacy.covariance import LARGEST_SIZE, num_entries
 from dpdm.recipes import covariance_side, gaussian_noise_multiplier, num_splits, recipe
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     dataset_size=st.integers(10, 2_000_000),
     resolution=st.integers(4, 256),
@@ -49,6 +49,7 @@ def test_every_recipe_is_a_config_that_fits_its_data(
         config.build_denoiser(loaded)
 
 
+@pytest.mark.slow  # the tests of the demo plan it, too
 def test_the_recipe_of_the_digits_can_be_planned() -> None:
     values = recipe(dataset_size=1497, resolution=8, num_channels=1, num_classes=10, epsilon=10, delta=1e-5)
     plan = make_plan(config.load([], [*values, "dp.epsilon=10"]), 1497)

@@ -151,7 +151,9 @@ def test_a_finished_or_another_run_is_kept(demo: Path, tmp_path: Path) -> None:
     assert before == {p: p.read_bytes() for p in demo.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("classes", [("été & <i>", '"q"\'s', "日本", "=x;y,z"), ("",)])
+@pytest.mark.parametrize(
+    "classes", [("été & <i>", '"q"\'s', "日本", "=x;y,z"), pytest.param(("",), marks=pytest.mark.slow)]
+)
 def test_a_folder_of_ones_own(classes: tuple[str, ...], tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", classes, 80 // len(classes))
     overrides = (*FEW_STEPS, "train.expected_batch_size=10")
