@@ -22,9 +22,7 @@ from dpdm.privacy.noise import derive_key, random_words, to_uniform
 
 PIECE = 1024  # images decoded at a time
 FINE = 2.0**15  # steps of which a deviation and a cosine are whole numbers
-STANDS_OUT = (
-    4.0  # standard deviations of its noise that a cell's count has at least, or its noise is all one would draw
-)
+STANDS_OUT = 4.0  # least count of a cell, in standard deviations of its noise, by which its own moments are taken
 CENTRE = 2.0**10  # steps of a centre: what hardware changes in its last bits is nearly always rounded away
 
 

@@ -73,9 +73,8 @@ def draw_cells(central: Central, labels: Tensor, generator: torch.Generator) -> 
     cells = len(central.labels) // len(central.class_sizes)
     if cells == 1:
         return labels
-    equal = torch.full((len(central.class_sizes), cells), 1 / cells, dtype=torch.float64)
-    shares = equal if central.shares is None else torch.from_numpy(central.shares).view(-1, cells)
-    return labels * cells + torch.multinomial(shares[labels], 1, generator=generator)[:, 0]
+    shares = torch.ones(len(central.labels)) if central.shares is None else torch.from_numpy(central.shares)
+    return labels * cells + torch.multinomial(shares.view(-1, cells)[labels], 1, generator=generator)[:, 0]
 
 
 def sampler(
