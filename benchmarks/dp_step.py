@@ -20,19 +20,21 @@ Ways:
     plain_compiled  the plain step in bf16 by torch.compile, in torch.channels_last: the fastest that torch alone
                   makes of it. Only if asked for (--peers), as compiling takes a minute
 
-A way that a GPU's memory does not hold is left out.
+A way that does not fit in memory is left out: on a CPU the processes that measure peaks tell, before anything is timed.
 """
 
 import argparse
 import copy
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -313,8 +315,8 @@ def noise_seconds(problem: Problem, *, ready: bool = False) -> float:
     return statistics.median(times)
 
 
-def peak_bytes(way: str, arguments: argparse.Namespace) -> int:
-    """Returns the peak of memory of one step above what the process held before it."""
+def peak_bytes(way: str, arguments: argparse.Namespace) -> int | None:
+    """Returns the peak of memory of one step above what the process held before it; None if there was not enough."""
     if arguments.device != "cpu":
         problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
         step = WAYS[way](problem)
@@ -327,7 +329,11 @@ def peak_bytes(way: str, arguments: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--peak-of", way, "--network", arguments.network]
     command += ["--examples", str(arguments.examples), "--draws", str(arguments.draws)]
     command += ["--threads", str(arguments.threads)]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    child = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if child.returncode == -signal.SIGKILL:  # the kernel ends who asks for more than there is
+        return None
+    child.check_returncode()
+    return int(child.stdout)
 
 
 def own_peak_bytes(way: str, arguments: argparse.Namespace) -> int:
@@ -355,19 +361,29 @@ def has_bf16(device: str) -> bool:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of one network and shape."""
-    problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
     names = [way for way in WAYS if way not in (*PEERS, *ON_DEMAND) or way in arguments.peers]
     if not has_bf16(arguments.device):
         print("bf16 is not measured: this CPU has none of its own.", file=sys.stderr)
         names = [way for way in names if not way.endswith("_bf16")]
+    if find_spec("opacus") is None:
+        for name in [way for way in names if way.startswith("opacus")]:
+            print(f"{name} is not measured: pip install 'dpdm[benchmark]'.", file=sys.stderr)
+            names.remove(name)
+    peaks: dict[str, int] = {}
+    if arguments.device == "cpu" and not arguments.no_peak:  # first, as this process keeps what it once had
+        for name in [way for way in names if way not in ON_DEMAND]:
+            peak = peak_bytes(name, arguments)
+            if peak is None:
+                print(f"{name} is not measured: this machine's memory does not hold it.", file=sys.stderr)
+                names.remove(name)
+            else:
+                peaks[name] = peak
+    problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
     steps = {}
     for name in names:
         try:
             steps[name] = WAYS[name](problem)
             steps[name]()
-        except ImportError:
-            print(f"{name} is not measured: pip install 'dpdm[benchmark]'.", file=sys.stderr)
-            steps.pop(name, None)  # it may be made, and fail when it is first used
         except torch.OutOfMemoryError:
             print(f"{name} is not measured: the GPU's memory does not hold it.", file=sys.stderr)
             steps.pop(name, None)
@@ -395,12 +411,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             figures["relative_error"] = relative_error(problem, "private", expected)
         if "private_bf16" in steps:
             figures["relative_error_bf16"] = relative_error(problem, "private_bf16", expected)
-    if not arguments.no_peak:
+    if arguments.device != "cpu" and not arguments.no_peak:
+        measured = [name for name in steps if name not in ON_DEMAND]  # it would be compiled once more
         del problem, steps
-        for name in names:
-            if f"{name}_seconds" in figures and name not in ON_DEMAND:  # it would be compiled once more
-                figures[f"{name}_peak_bytes"] = peak_bytes(name, arguments)
-    return figures
+        peaks = {name: peak for name in measured if (peak := peak_bytes(name, arguments)) is not None}
+    return figures | {f"{name}_peak_bytes": peak for name, peak in peaks.items()}
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -209,7 +210,7 @@ def test_a_step_without_the_peers(
     has_bf16: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dp_step, "has_bf16", lambda device: has_bf16)
-    monkeypatch.setitem(sys.modules, "opacus.grad_sample", None)
+    monkeypatch.setitem(sys.modules, "opacus", None)
     shape = ["--examples", "1", "--draws", "1", "--no-peak", "--no-error"]
     monkeypatch.setattr(sys, "argv", ["dp_step.py", *TINY, *shape, "--peers", "opacus_hooks", "--json"])
     dp_step.main()
@@ -221,6 +222,25 @@ def test_a_step_without_the_peers(
     assert figures["private_seconds"] > 0
     assert not [name for name in figures if name.startswith("opacus")]
     assert ("private_bf16_seconds" in figures) == has_bf16
+
+
+def test_a_way_that_does_not_fit_in_memory_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        way = command[command.index("--peak-of") + 1]
+        return subprocess.CompletedProcess(command, -signal.SIGKILL if way == "private_bf16" else 0, "1024\n")
+
+    monkeypatch.setattr(dp_step.subprocess, "run", run)
+    monkeypatch.setattr(dp_step, "has_bf16", lambda device: True)
+    shape = ["--examples", "1", "--draws", "1", "--no-error"]
+    monkeypatch.setattr(sys, "argv", ["dp_step.py", *TINY, *shape, "--peers", "--json"])
+    dp_step.main()
+    shown = capsys.readouterr()
+    assert shown.err == "private_bf16 is not measured: this machine's memory does not hold it.\n"
+    figures = json.loads(shown.out)
+    assert figures["private_peak_bytes"] == 1024
+    assert not [name for name in figures if name.startswith("private_bf16")]
 
 
 def test_a_whole_step_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
