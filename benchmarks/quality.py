@@ -139,7 +139,7 @@ class Subject:
         sampler = asdict(self.config.sampler)
         for name in ("num_images", "batch_size", "output"):  # which change no image
             del sampler[name]
-        for name, former in {"class_weights": (), "precision": "float32"}.items():
+        for name, former in {"class_weights": (), "precision": "float32", "augmentation": 0.0}.items():
             if sampler[name] == former:  # as figures from before there was such a key have it
                 del sampler[name]
         return {

@@ -95,4 +95,6 @@ def _sampler(sampler: dict[str, Any]) -> str:
         parts.append(f"churn {sampler['s_churn']:g}")
     if sampler["stochastic"]:
         parts.append("stochastic")
+    if sampler.get("augmentation"):
+        parts.append(f"augmentation {sampler['augmentation']:g}")
     return ", ".join(parts)

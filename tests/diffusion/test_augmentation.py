@@ -37,6 +37,8 @@ def test_the_largest_shift_is_an_eighth_of_the_side() -> None:
     smooth = torch.linspace(-1, 1, 16).expand(1, 1, 16, 16)
     moved = distort(smooth, u, 1.0)
     assert torch.allclose(moved[..., 4:12], smooth[..., 6:14], atol=1e-5)  # two pixels of 16
+    moved = distort(smooth, u, 2.0, shift=1 / 32)
+    assert torch.allclose(moved[..., 4:12], smooth[..., 5:13], atol=1e-5)
 
 
 def test_a_rotation_against_scipy() -> None:

@@ -3,7 +3,13 @@ import pytest
 import torch
 from scipy import stats
 
-from dpdm.diffusion.image_noise import PerImageNoise, image_labels, random_label, weighted_label
+from dpdm.diffusion.image_noise import (
+    PerImageNoise,
+    distortion_numbers,
+    image_labels,
+    random_label,
+    weighted_label,
+)
 from dpdm.errors import InputError
 
 
@@ -26,6 +32,15 @@ def test_noise_is_standard_normal_and_uncorrelated_between_images() -> None:
     correlation = np.corrcoef(noise)[np.triu_indices(400, 1)]
     assert np.abs(correlation).max() < 0.7  # 5.6 standard deviations
     assert abs(correlation.mean()) < 0.003
+
+
+def test_distortions_are_uniform_and_decided_by_seed_and_index_alone() -> None:
+    numbers = distortion_numbers(1, range(500))
+    assert numbers.shape == (6, 500)
+    assert stats.kstest(numbers.numpy().ravel(), "uniform").pvalue > 1e-3
+    assert torch.equal(numbers[:, 7:8], distortion_numbers(1, [7]))
+    assert not torch.equal(numbers[:, :1], distortion_numbers(2, [0]))
+    assert distortion_numbers(1, []).shape == (6, 0)
 
 
 def test_random_labels_are_uniform_and_decided_by_seed_and_index_alone() -> None:

@@ -12,6 +12,7 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.sampling import (
     SamplerConfig,
     ddim,
+    distorted,
     dpm_solver_pp,
     edm,
     guided,
@@ -248,6 +249,19 @@ def test_bf16_is_for_the_network_alone_and_moves_images_by_little(small_denoiser
     assert 0 < moved.mean() < 2
 
 
+def test_augmentation_moves_the_image_that_there_is_without_it(small_denoiser: Denoiser) -> None:
+    config = SamplerConfig(type="dpm_solver_pp", num_steps=4)
+    images, labels = draw(small_denoiser, config, [3, 4, 5])
+    moved, same = draw(small_denoiser, replace(config, augmentation=1.5), [3, 4, 5])
+    assert labels is not None
+    assert same is not None
+    assert torch.equal(labels, same)
+    assert torch.equal(moved, distorted(images, 1.5, 5, [3, 4, 5]))
+    assert torch.equal(moved[1:2], distorted(images[1:2], 1.5, 5, [4]))
+    assert not torch.equal(moved, images)
+    assert torch.equal(distorted(images, 0.0, 5, [3, 4, 5]), images)
+
+
 def test_sample_gives_images_and_labels_of_the_wanted_form(small_denoiser: Denoiser) -> None:
     small_denoiser.train()
     images, labels = draw(small_denoiser, SamplerConfig(num_steps=2, labels=2), [0, 1])
@@ -319,6 +333,8 @@ def test_missing_noise_is_refused() -> None:
         {"sigma_max": 0.001},
         {"rho": 0.0},
         {"guidance_scale": math.nan},
+        {"augmentation": -0.1},
+        {"augmentation": math.nan},
         {"s_churn": -1.0, "type": "edm"},
         {"s_min": 2.0, "s_max": 1.0},
         {"s_noise": -1.0},

@@ -5,12 +5,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NUM_DISTORTIONS = 6  # uniform numbers for each image
+MAX_AUGMENTATION = 4.0
 
 
-def distort(images: Tensor, u: Tensor, strength: float) -> Tensor:
+def distort(images: Tensor, u: Tensor, strength: float, *, shift: float = 1 / 8) -> Tensor:
     """Returns each image rotated, sheared, scaled and shifted, (n, C, H, W) in [-1, 1].
 
-    Rotation and shear by up to 0.2, scale by up to 15 %, shift by up to an eighth of the side, all times ``strength``.
+    Rotation and shear by up to 0.2, scale by up to 15 %, shift by up to ``shift`` of the side, all times ``strength``.
     What comes in from outside repeats the edge.
 
     Guarantee: image i depends on images[i] and u[:, i] alone.
@@ -19,8 +20,9 @@ def distort(images: Tensor, u: Tensor, strength: float) -> Tensor:
         images: (n, C, H, W) in [-1, 1].
         u: (6, n), uniform on (0, 1).
         strength: 0 leaves the images as they are.
+        shift: largest one at strength 1, as a share of the side.
     """
-    limits = torch.tensor([0.2, 0.2, 0.15, 0.15, 0.25, 0.25], device=images.device)  # affine_grid runs from -1 to 1
+    limits = torch.tensor([0.2, 0.2, 0.15, 0.15, 2 * shift, 2 * shift], device=images.device)  # a side is from -1 to 1
     angle, shear, scale_x, scale_y, shift_x, shift_y = strength * limits[:, None] * (2 * u.to(images) - 1)
     cos, sin = angle.cos(), angle.sin()
     rows = (

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpdm.diffusion.augmentation import NUM_DISTORTIONS
 from dpdm.errors import InputError
 
 
@@ -37,6 +38,13 @@ class PerImageNoise:
         for row, stream in zip(noise, self._streams, strict=True):
             stream.standard_normal(dtype=np.float32, out=row)
         return torch.from_numpy(noise).to(self.device)
+
+
+def distortion_numbers(seed: int, indices: Sequence[int]) -> Tensor:
+    """Returns what ``augmentation.distort`` takes beside images: (6, n) float64, uniform on [0, 1)."""
+    keys = (_digest("distortion", seed, index) >> 128 for index in indices)
+    numbers = np.array([np.random.Generator(np.random.Philox(key=key)).random(NUM_DISTORTIONS) for key in keys])
+    return torch.from_numpy(numbers.reshape(-1, NUM_DISTORTIONS).T)
 
 
 def random_label(seed: int, index: int, num_classes: int) -> int:

@@ -14,6 +14,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from dpdm.diffusion.augmentation import MAX_AUGMENTATION
 from dpdm.diffusion.denoiser import (
     BETA_D,
     BETA_MIN,
@@ -27,7 +28,6 @@ from dpdm.errors import InputError
 
 MAX_DRAWS = 10_000
 LARGEST = 1e6  # of a standard deviation, or of a rate of noise
-MAX_AUGMENTATION = 4.0
 
 
 @dataclass(frozen=True)

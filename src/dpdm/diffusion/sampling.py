@@ -14,12 +14,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dpdm.diffusion.augmentation import MAX_AUGMENTATION, distort
 from dpdm.diffusion.denoiser import Denoiser
-from dpdm.diffusion.image_noise import PerImageNoise, image_labels
+from dpdm.diffusion.image_noise import PerImageNoise, distortion_numbers, image_labels
 from dpdm.errors import DivergedError, InputError
 
 MAX_STEPS, MAX_IMAGES = 10_000, 10**8
 LARGEST_SIGMA, SMALLEST_RHO = 1e6, 0.1
+SHIFT_OF_DRAWN = 0.025  # of the side, at sampler.augmentation=1
 SamplerType = Literal["ddim", "edm", "dpm_solver_pp"]
 OutputType = Literal["folder", "zip", "npz"]
 PrecisionType = Literal["float32", "bf16"]
@@ -51,6 +53,8 @@ class SamplerConfig:
         s_min: lowest noise level with churn (edm).
         s_max: highest noise level with churn (edm).
         s_noise: standard deviation of the added noise (edm).
+        augmentation: strength of a random distortion of each image when it is done (see ``distorted``); 0 is off. A
+            classifier may learn more from such images; they are less like the real ones.
         seed: of the images; it has nothing to do with privacy.
         output: how the images are stored.
     """
@@ -71,6 +75,7 @@ class SamplerConfig:
     s_min: float = 0.0
     s_max: float = math.inf
     s_noise: float = 1.0
+    augmentation: float = 0.0
     seed: int = 0
     output: OutputType = "folder"
 
@@ -99,6 +104,10 @@ class SamplerConfig:
             )
         if not math.isfinite(self.guidance_scale):
             raise InputError(f"Expected sampler.guidance_scale to be finite, got {self.guidance_scale}: 0 is off.")
+        if not 0.0 <= self.augmentation <= MAX_AUGMENTATION:
+            raise InputError(
+                f"Expected 0 <= sampler.augmentation <= {MAX_AUGMENTATION}, got {self.augmentation}: 1.5 suits digits."
+            )
         _check_churn(self.s_churn, self.s_min, self.s_max, self.s_noise)
         if self.type != "ddim" and self.stochastic:
             raise InputError(
@@ -352,7 +361,18 @@ def sample(
         denoiser.train(was_training)
     if not torch.isfinite(x).all():
         raise DivergedError("Expected finite images, got NaN or infinity: the weights are unusable; train again.")
-    return to_uint8(x).cpu(), labels
+    images = to_uint8(x).cpu()
+    return (distorted(images, config.augmentation, seed, indices) if config.augmentation else images), labels
+
+
+def distorted(images: Tensor, strength: float, seed: int, indices: Sequence[int]) -> Tensor:
+    """Returns images (n, C, H, W) uint8 moved by ``augmentation.distort``, each as (seed, index) says.
+
+    Shifts are small, as things stand in the middle of drawn images. All in float64, whose rounding is too fine to move
+    a grey level: an image does not depend on its batch.
+    """
+    numbers = distortion_numbers(seed, indices)
+    return to_uint8(distort(images.double() / 127.5 - 1, numbers, strength, shift=SHIFT_OF_DRAWN))
 
 
 def to_uint8(images: Tensor) -> Tensor:
