@@ -97,4 +97,6 @@ def _sampler(sampler: dict[str, Any]) -> str:
         parts.append("stochastic")
     if sampler.get("augmentation"):
         parts.append(f"augmentation {sampler['augmentation']:g}")
+    if "precision" in sampler:
+        parts.append(sampler["precision"])
     return ", ".join(parts)

@@ -202,7 +202,8 @@ def test_docs_get_tables_and_pictures_of_all_models(
         quality, "MEASURES", {part: (lambda *_, figure=figure: figure) for part, figure in figures.items()}
     )
     given = arguments(release, "--num-images", "12", "--docs", "--parts")
-    quality.main([*given, *figures, "--name", "b_eps_1.0"], page)
+    other = ("sampler.guidance_scale=0.5", "sampler.augmentation=1.5", "sampler.precision=bf16")
+    quality.main([*given, *figures, "--name", "b_eps_1.0", "--", *other], page)
     quality.main([*given, "quick", "--name", "a_eps_1.0"], page)
     text = page.read_text()
     assert text.startswith("before\n<!-- quality: begin -->\n| model |")
@@ -212,6 +213,7 @@ def test_docs_get_tables_and_pictures_of_all_models(
     )
     statement = json.loads((release / "privacy.json").read_text(encoding="utf-8"))
     assert float(privacy.removesuffix(", 1e-05")) == pytest.approx(statement["epsilon"], rel=0.01)
+    assert "| `ddim`, 2, guidance 0.5, augmentation 1.5, bf16 | 86.7 % |" in text
     assert "| 86.7 % | - | - | 97.5 % | - | 5.43 | - | 2 | 0.710, 0.625 |" in text
     assert "| b_eps_1.0 | CNN | 97.5 % | paper; fewer | 12 | 50 (best: 7) | 0 | CPU, 1 threads |" in text
     assert "5.43; precision 0.710, recall 0.625 | to 9 real images | 12 | - |" in text
