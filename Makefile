@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: assurance benchmark demo quality test test-slow
+.PHONY: assurance benchmark demo quality test test-slow tests types
 
 demo: .venv/ready
 	$(BIN)/dpdm demo --workdir runs/demo
@@ -10,7 +10,13 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+# Side by side, as the type checker alone would leave a core idle for a minute.
+types: .venv/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: .venv/ready
