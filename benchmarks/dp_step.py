@@ -315,17 +315,20 @@ def noise_seconds(problem: Problem, *, ready: bool = False) -> float:
     return statistics.median(times)
 
 
+def gpu_peak_bytes(way: str, arguments: argparse.Namespace) -> int:
+    """Returns the peak of a GPU's memory in one step above what was allocated before it."""
+    problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
+    step = WAYS[way](problem)
+    step()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_bytes(way: str, arguments: argparse.Namespace) -> int | None:
-    """Returns the peak of memory of one step above what the process held before it; None if there was not enough."""
-    if arguments.device != "cpu":
-        problem = Problem(arguments.network, arguments.examples, arguments.draws, arguments.device)
-        step = WAYS[way](problem)
-        step()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+    """Returns ``own_peak_bytes`` of a new process; None if there was not enough memory for it."""
     command = [sys.executable, __file__, "--peak-of", way, "--network", arguments.network]
     command += ["--examples", str(arguments.examples), "--draws", str(arguments.draws)]
     command += ["--threads", str(arguments.threads)]
@@ -337,7 +340,7 @@ def peak_bytes(way: str, arguments: argparse.Namespace) -> int | None:
 
 
 def own_peak_bytes(way: str, arguments: argparse.Namespace) -> int:
-    """Returns the same of this process, which must have done nothing else; Linux alone."""
+    """Returns the peak of memory in one step above what this process, a new one, held before it; Linux alone."""
     problem = Problem(arguments.network, arguments.examples, arguments.draws, "cpu")
     warm = Problem(arguments.network, 1, 1, "cpu")
     WAYS[way](warm)()  # loads code
@@ -414,7 +417,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.device != "cpu" and not arguments.no_peak:
         measured = [name for name in steps if name not in ON_DEMAND]  # it would be compiled once more
         del problem, steps
-        peaks = {name: peak for name in measured if (peak := peak_bytes(name, arguments)) is not None}
+        peaks = {name: gpu_peak_bytes(name, arguments) for name in measured}
     return figures | {f"{name}_peak_bytes": peak for name, peak in peaks.items()}
 
 

@@ -248,9 +248,8 @@ def test_a_whole_step_prints_one_object(capsys: pytest.CaptureFixture[str]) -> N
     (figures,) = printed(capsys)
     assert figures["ready_ratio"] == pytest.approx(figures["ready_seconds"] / figures["plain_seconds"])
     assert 0 < figures["noise_share"] < 1
-    assert (
-        0 < figures["noise_share_ready"] < 1
-    )  # less than the other, but of so short a step by less than times scatter
+    # Less than the other, but of so short a step by less than times scatter.
+    assert 0 < figures["noise_share_ready"] < 1
     assert (figures["plain_waits"], figures["ready_waits"], figures["device"]) == (None, None, "cpu")
 
 

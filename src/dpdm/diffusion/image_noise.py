@@ -28,9 +28,7 @@ class PerImageNoise:
     ) -> None:
         """One stream for each of ``indices``; ``shape`` is (C, H, W)."""
         self.shape, self.device = shape, device
-        self._streams = [
-            np.random.Generator(np.random.Philox(key=_digest("noise", seed, index) >> 128)) for index in indices
-        ]
+        self._streams = [_stream("noise", seed, index) for index in indices]
 
     def __call__(self) -> Tensor:
         """Returns the next (B, C, H, W) float32 noise."""
@@ -42,8 +40,7 @@ class PerImageNoise:
 
 def distortion_numbers(seed: int, indices: Sequence[int]) -> Tensor:
     """Returns what ``augmentation.distort`` takes beside images: (6, n) float64, uniform on [0, 1)."""
-    keys = (_digest("distortion", seed, index) >> 128 for index in indices)
-    numbers = np.array([np.random.Generator(np.random.Philox(key=key)).random(NUM_DISTORTIONS) for key in keys])
+    numbers = np.array([_stream("distortion", seed, index).random(NUM_DISTORTIONS) for index in indices])
     return torch.from_numpy(numbers.reshape(-1, NUM_DISTORTIONS).T)
 
 
@@ -98,6 +95,10 @@ def image_labels(
             return torch.tensor([weighted_label(seed, index, sums) for index in indices], dtype=torch.int64)
         return torch.tensor([random_label(seed, index, num_classes) for index in indices], dtype=torch.int64)
     return torch.full((len(indices),), wanted, dtype=torch.int64)
+
+
+def _stream(purpose: str, seed: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=_digest(purpose, seed, index) >> 128))
 
 
 def _digest(purpose: str, seed: int, index: int) -> int:
