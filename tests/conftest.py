@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from dpdm import distributed
 
 T = TypeVar("T")
+
+if not torch.cuda.is_available():  # a GPU's kernels run on a CPU then: Triton asks when imported and in each launch
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -299,6 +299,26 @@ def test_weights_that_are_no_numbers_are_not_released(workdir: Workdir) -> None:
     assert not workdir.release.exists()
 
 
+def test_a_choice_made_since_is_in_the_statement(workdir: Workdir) -> None:
+    said = configs.load([workdir.config]).dp.selection
+    release = make_release(workdir, 0.05, selection="of three averages, by accuracy on the private images")
+    found = verify(release)
+    assert found.problems == []
+    assert found.statement["hyperparameters"] == f"{said}; of three averages, by accuracy on the private images"
+    assert load_config(release).dp.selection == found.statement["hyperparameters"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(" ", "Expected --selection to be words"), ("by /home/me/figures.csv", r"dp\.selection that may be published")],
+)
+def test_words_that_verify_would_refuse_are_not_released(workdir: Workdir, words: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_release(workdir, selection=words)
+    assert workdir.key.exists()
+    assert not workdir.release.exists()
+
+
 def test_a_name_that_verify_would_refuse_is_not_released(workdir: Workdir) -> None:
     workdir.config.write_text(workdir.config.read_text().replace("name: squares", "name: /home/me/squares"))
     with pytest.raises(InputError, match=r"data\.name that may be published"):

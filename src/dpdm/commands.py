@@ -169,6 +169,11 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
 @click.option("--ema", type=float, metavar="RATE", help="Release this one of the averages in model.ema_rates.")
 @click.option("--preview", is_flag=True, help="Only draw images from each of the averages, to choose one by.")
 @click.option("--half", is_flag=True, help="Round the weights to float16: half the size, no less privacy.")
+@click.option(
+    "--selection",
+    metavar="TEXT",
+    help="What was chosen by looking at what, where the config's dp.selection does not say it: added to the statement.",
+)
 @config_options
 def release(
     workdir: Path | None,
@@ -176,6 +181,7 @@ def release(
     ema: float | None,
     preview: bool,
     half: bool,
+    selection: str | None,
     config: tuple[str, ...],
     words: tuple[str, ...],
 ) -> None:
@@ -199,17 +205,19 @@ def release(
         if files or overrides:
             raise InputError("Expected no --config and no keys without --from: a run is released by its own config.")
         if preview:
-            if ema is not None or half:
-                raise InputError("Expected --preview with neither --ema nor --half, got one: it releases nothing.")
+            if ema is not None or half or selection is not None:
+                raise InputError("Expected --preview alone, got --ema, --half or --selection: it releases nothing.")
             for picture in draw_previews(Workdir(workdir)):
                 print(f"{picture}: dpdm release --workdir {workdir} --ema {picture.stem}", file=sys.stderr)
             return
-        folder = make_release(Workdir(workdir), ema, half=half)
+        folder = make_release(Workdir(workdir), ema, half=half, selection=selection)
         print(f"{_what_it_is(folder)} Next: dpdm sample --workdir {workdir}", file=sys.stderr)
         return
-    if ema is not None or preview:
-        given = "--preview" if preview else f"--ema {ema}"
-        raise InputError(f"Expected neither --ema nor --preview with --from, got {given}: a run alone keeps averages.")
+    if ema is not None or preview or selection is not None:
+        given = "--preview" if preview else "--selection" if ema is None else f"--ema {ema}"
+        raise InputError(
+            f"Expected neither --ema, --preview nor --selection with --from, got {given}: they are a run's."
+        )
     if (source / "privacy.json").is_file():
         from dpdm.half import halve
 

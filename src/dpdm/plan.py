@@ -143,8 +143,14 @@ def check_public(config: Config) -> None:
 
 
 def check_names(config: Config) -> None:
-    """Raises InputError if the names of the data and its classes, which are published, seem to be a path or a key."""
-    for key, names in (("data.name", [config.data.name or ""]), ("data.class_names", list(config.data.class_names))):
+    """Raises InputError if words of the user's that are published seem to be a path or a key."""
+    data = config.data
+    published = {
+        "data.name": [data.name or ""],
+        "data.class_names": data.class_names,
+        "dp.selection": [config.dp.selection],
+    }
+    for key, names in published.items():
         for name in names:
             if problems := check_words(key, name):
                 raise InputError(

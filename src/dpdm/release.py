@@ -42,14 +42,17 @@ PREVIEWED = 200  # images, from which a picture takes a hundred
 CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
 
 
-def make_release(workdir: Workdir, ema_rate: float | None = None, *, half: bool = False) -> Path:
+def make_release(
+    workdir: Workdir, ema_rate: float | None = None, *, half: bool = False, selection: str | None = None
+) -> Path:
     """Writes ``release/`` from a run's checkpoint and ledger, then deletes the run's keys; returns the folder.
 
     Released is the moving average of ``model.ema_rate``, or of another rate that the run kept (``model.ema_rates``).
     All of them are functions of the same mechanisms. A choice made by looking at samples costs nothing; one made by
     looking at real images is not accounted for.
 
-    With ``half`` the weights are rounded to float16, which halves the file.
+    With ``half`` the weights are rounded to float16, which halves the file. ``selection`` is added to ``dp.selection``
+    in statement and config: what was chosen since training began, or before and not said, and by what.
 
     Where the frequencies of the classes were bought with noise, they become the config's ``sampler.class_weights``, so
     that images will be drawn by them, unless the run's config asks for equal ones.
@@ -61,12 +64,12 @@ def make_release(workdir: Workdir, ema_rate: float | None = None, *, half: bool 
     public, under a statement that gives no guarantee.
 
     Raises:
-        InputError: if there is no run, it is released already, ``dp.seed`` makes its noise public, or no average of
-            ``ema_rate`` was kept.
+        InputError: if there is no run, it is released already, ``dp.seed`` makes its noise public, no average of
+            ``ema_rate`` was kept, or words that would be published seem to be a path or a key.
         RunError: if checkpoint, ledger or config are damaged or do not belong together.
     """
     with workdir.lock():  # a run that is still training would go on after its release
-        return _make_release(workdir, ema_rate, half=half)
+        return _make_release(workdir, ema_rate, half=half, selection=selection)
 
 
 def preview(workdir: Workdir) -> list[Path]:
@@ -133,8 +136,15 @@ def _average(config: Config, state: TrainState, rate: float) -> dict[str, Tensor
     return state.average(rate) if rate in config.model.ema_rates else state.ema
 
 
-def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool) -> Path:
+def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool, selection: str | None) -> Path:
     config, state, ledger = _finished(workdir)
+    if selection is not None:
+        if not config.dp.enabled or not selection.strip():
+            raise InputError(
+                f"Expected --selection to be words for a private model's statement, got {selection!r}"
+                f"{'' if config.dp.enabled else ' for a public model'}: leave it out, or say what was chosen by what."
+            )
+        config = replace(config, dp=replace(config.dp, selection=f"{config.dp.selection}; {selection}"))
     kept = config.model.ema_rates
     if ema_rate not in (None, config.model.ema_rate, *kept):
         rates = [config.model.ema_rate, *kept]

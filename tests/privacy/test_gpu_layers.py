@@ -16,17 +16,13 @@ from dpdm.privacy.dpsgd import TAU, clip_and_sum
 from dpdm.privacy.layers import per_example
 from dpdm.recorded import RecordedDenoiser
 
-with pytest.MonkeyPatch.context() as patch:
-    if not torch.cuda.is_available():
-        patch.setenv("TRITON_INTERPRET", "1")  # is read when kernels are defined
-    kernels = pytest.importorskip("dpdm.privacy.kernels", exc_type=ImportError)
+kernels = pytest.importorskip("dpdm.privacy.kernels", exc_type=ImportError)
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
     use_full_precision()
     if not torch.cuda.is_available():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton asks for it in each launch, too
         monkeypatch.setattr(gpu_layers, "INTERPRETED", True)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # its own sums change from call to call else
     name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,14 +28,10 @@ Tag = Literal["privacy", "fidelity"]
 
 HELPER = f"""
 import gc, json, os, signal, sys
-import torch
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton, where it is at hand, looks when it is imported
 import cryptography, dp_accounting, hypothesis, numpy, omegaconf, PIL.Image, pytest, safetensors.torch
-import scipy.stats, sklearn.datasets, torch._dynamo, tqdm.auto
+import scipy.stats, sklearn.datasets, torch, torch._dynamo, tqdm.auto
 from dp_accounting import pld, rdp
 
-os.environ.pop("TRITON_INTERPRET", None)  # tests of the kernels set it again
 assert not any(name.partition(".")[0] == "dpdm" for name in sys.modules)
 gc.freeze()  # collections in the forks pass over all this
 for line in sys.stdin:
