@@ -15,7 +15,7 @@ from dpdm import model_cards, own_statement, release
 from dpdm.config import Config
 from dpdm.generate import write_archive
 from dpdm.privacy.accounting import Mechanism
-from dpdm.released_files import sha256, to_half
+from dpdm.released_files import ALLOWED, redacted, sha256, to_half
 from dpdm.workdir import Workdir
 
 DATASET_SIZE = 40
@@ -64,7 +64,7 @@ def make_release(run: Path, *, images: int = 0, keys: Sequence[str] = (), half: 
     statement = make_statement(config, [*config.train.warmup.mechanisms(), MECHANISMS[-1]], half=half)
     card = model_cards.model_card(statement, config)
     weights = to_half(make_weights(config)) if half else make_weights(config)
-    release.write_release(Workdir(run), weights, release.redacted(config), statement, card)
+    release.write_release(Workdir(run), weights, redacted(config), statement, card)
     if images:
         random = np.random.default_rng(1)
         drawn = random.integers(0, 256, (images, 1, 8, 8), np.uint8)
@@ -77,7 +77,7 @@ def make_public_release(run: Path, keys: Sequence[str] = ()) -> Path:
     config = make_config([*PUBLIC_KEYS, *keys])
     statement = own_statement.public_statement(config, DATASET_SIZE)
     card = model_cards.public_card(statement, config)
-    release.write_release(Workdir(run), make_weights(config), release.redacted(config), statement, card)
+    release.write_release(Workdir(run), make_weights(config), redacted(config), statement, card)
     return run / "release"
 
 
@@ -95,7 +95,7 @@ def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
 
 def hash_again(folder: Path) -> None:
     statement = json.loads((folder / "privacy.json").read_text(encoding="utf-8"))
-    statement["files"] = {name: sha256(folder / name, 2**30) for name in release.ALLOWED if name != "privacy.json"}
+    statement["files"] = {name: sha256(folder / name, 2**30) for name in ALLOWED if name != "privacy.json"}
     write_json(folder / "privacy.json", statement)
 
 

@@ -1,17 +1,21 @@
 """Keys, types, files and overrides: what is wrong is named in one line, what is right survives being written."""
 
 import dataclasses
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError
+from dpdm.plain_yaml import UNWRITABLE, check_plain, parse_yaml
 from dpdm.plan import make_plan
 
 
@@ -238,6 +242,29 @@ def test_names_of_classes_that_no_config_holds_are_refused(tmp_path: Path) -> No
     """They would be bought for, and the config could not be read again."""
     with ArchiveWriter(tmp_path / "many.zip", [f"{number:030d}" for number in range(9000)]) as writer:
         writer.add(np.zeros((1, 8, 8), np.uint8), 0)
-    with pytest.raises(InputError, match=r"names of all classes in .*many\.zip to take at most 262144 bytes"):
+    with pytest.raises(InputError, match=r"at most 524288 bytes with the names of all classes in .*many\.zip, got 5"):
         configs.resolve(configs.load([]), ImageArchive(tmp_path / "many.zip"))
-    configs.resolve(configs.load([], ["data.num_classes=0"]), ImageArchive(tmp_path / "many.zip"))
+    few = configs.load([], ["data.num_classes=0"])
+    configs.resolve(few, ImageArchive(tmp_path / "many.zip"))
+    for quotes in ("'", '"'):  # of which YAML, or JSON, writes two for one
+        wordy = dataclasses.replace(few, dp=dataclasses.replace(few.dp, selection=270_000 * quotes))
+        with pytest.raises(InputError, match=r"shorten the folders' names or dp\.selection"):
+            configs.resolve(wordy, ImageArchive(tmp_path / "many.zip"))
+
+
+@given(st.text(max_size=20) | st.text("\t\n\r\x1b\x7f\x80\x85\xa0\u2028\u2029\ufeff\ufffe\\'\": -#a肺", max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_a_text_comes_back_from_the_files_that_hold_it_or_is_refused(text: str) -> None:
+    """A run's config is YAML and a release's is JSON that is read as YAML."""
+    try:
+        check_plain(text, "a file", "data.name")
+    except InputError:
+        assert "${" in text or set(text) & set(UNWRITABLE.findall(text))
+        return
+    config = dataclasses.replace(Config(), data=dataclasses.replace(Config().data, name=text))
+    assert parse_yaml(configs.to_yaml(config))["data"]["name"] == text
+    assert parse_yaml(json.dumps({"name": text}, indent=2, ensure_ascii=False))["name"] == text
+
+
+def test_texts_of_all_scripts_are_no_problem() -> None:
+    check_plain("Röntgen, 肺炎, عين, 👁, tab\t, line\n, \\alpha, <b>, A:肺炎", "a file", "data.name")

@@ -26,7 +26,8 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.sampling import sample
 from dpdm.errors import InputError, PeerError, RunError
 from dpdm.generate import _png_name, _sample_grid, check_empty, draw, grid, make_samples, to_image, write_archive
-from dpdm.release import load_denoiser, redacted
+from dpdm.release import load_denoiser
+from dpdm.released_files import redacted
 
 
 def config(*overrides: str) -> Config:

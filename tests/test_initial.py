@@ -211,7 +211,8 @@ def test_verify_asks_where_weights_began(tmp_path: Path) -> None:
     release = make_release(tmp_path / "a")
     edit(release, "privacy.json", lambda s: s.update(initial_weights=[SOURCE.as_dict()]))
     assert any("not those that config.json names" in line for line in verify(release).problems)
-    release = make_release(tmp_path / "b", keys=(f"model.init_sha256={SOURCE.sha256}",))
+    release = make_release(tmp_path / "b")
+    edit(release, "config.json", lambda c: c["model"].update(init_sha256=SOURCE.sha256))
     assert any("not those that config.json names" in line for line in verify(release).problems)
     statement = own_statement.make_statement(make_config(), [], PLAN, (SOURCE,))
     changes = {name: statement[name] for name in ("initial_weights", "not_covered")}

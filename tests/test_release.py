@@ -10,23 +10,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
+from tests import made_release
 
 from dpdm import central_model, checkpoint, train
 from dpdm import config as configs
 from dpdm.account import compose
+from dpdm.consistency import words_in
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError, RunError
 from dpdm.generate import draw, grid
+from dpdm.model_cards import model_card
+from dpdm.own_statement import make_statement
+from dpdm.plan import check_names
 from dpdm.privacy.accounting import epsilon_spent, parts
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.ledger import Ledger
+from dpdm.published_words import check_words
 from dpdm.release import load_config, load_denoiser, make_release, preview, sampling_config
+from dpdm.released_files import redacted
 from dpdm.verify import verify
 from dpdm.workdir import Workdir
 
 SECRET_SEED = 5_553_217
+
+CONFIG = made_release.make_config()
+STATEMENT = made_release.make_statement(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -310,13 +322,44 @@ def test_a_choice_made_since_is_in_the_statement(workdir: Workdir) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(" ", "Expected --selection to be words"), ("by /home/me/figures.csv", r"dp\.selection that may be published")],
+    [
+        (" ", "Expected --selection to be words"),
+        ("by /home/me/figures.csv", r"dp\.selection that may be published"),
+        ("of ${EPOCHS} epochs", "which would refer to something else"),
+        ("a\x7fb", "cannot be written as text"),
+        ("a\udce9b", "cannot be written as text"),
+    ],
 )
 def test_words_that_verify_would_refuse_are_not_released(workdir: Workdir, words: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make_release(workdir, selection=words)
     assert workdir.key.exists()
     assert not workdir.release.exists()
+
+
+def test_what_verify_would_refuse_is_not_released(workdir: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a release cannot be undone: keys are deleted, and there is no second one."""
+    before = sorted(workdir.root.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("dpdm.release.make_statement", lambda *a, **k: {**make_statement(*a, **k), "epsilon": 1e-3})
+        with pytest.raises(RunError, match=r"agrees with its own statement, got: epsilon is .*Nothing was released"):
+            make_release(workdir)
+    assert sorted(workdir.root.rglob("*")) == before
+    assert verify(make_release(workdir)).problems == []
+
+
+@given(name=st.text("aé肺:\\/~_*`<|. ", max_size=12), said=st.text("aé肺:\\/~_*`<|. ", max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_what_training_accepts_verify_accepts(name: str, said: str) -> None:
+    """Both look for paths, in words and in the files that hold them."""
+    config = replace(CONFIG, data=replace(CONFIG.data, name=name), dp=replace(CONFIG.dp, selection=said))
+    try:
+        check_names(config)
+    except InputError:
+        return
+    statement = STATEMENT | {"hyperparameters": said}
+    for words in ([model_card(statement, config)], words_in(statement), words_in(redacted(config))):
+        assert check_words("a file", "\n".join(words)) == []
 
 
 def test_a_name_that_verify_would_refuse_is_not_released(workdir: Workdir) -> None:

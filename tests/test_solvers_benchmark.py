@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dpdm import config as configs
 from dpdm.config import build_denoiser
 from dpdm.diffusion.sampling import sample
-from dpdm.release import redacted
+from dpdm.released_files import redacted
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "solvers.py"
 

@@ -10,7 +10,8 @@ from tests.made_release import edit, make_config, make_release, make_statement
 
 from dpdm.cli import run_command
 from dpdm.config import Config
-from dpdm.release import SECTIONS, load_config, load_denoiser, redacted
+from dpdm.release import load_config, load_denoiser
+from dpdm.released_files import SECTIONS, redacted
 from dpdm.verify import page, verify
 
 Content = dict[str, Any]

@@ -287,6 +287,13 @@ def test_the_workdir_may_not_lie_in_the_source(tmp_path: Path) -> None:
     assert {path.name for path in source.iterdir()} == {"a", "b"}
 
 
+def test_a_workdir_that_no_config_can_name_is_refused_before_training(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "source", ("a", "b"), 40)
+    with pytest.raises(InputError, match=r"plain value of data\.path in --workdir, got .*\$\{x\}"):
+        synthesize(Request(str(source), EPSILON), Workdir(tmp_path / "w${x}"))
+    assert not Workdir(tmp_path / "w${x}").ledger.exists()
+
+
 def test_files_of_others_are_kept(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", ("a", "b"), 40)
     (tmp_path / "w" / "samples").mkdir(parents=True)

@@ -293,6 +293,7 @@ def test_what_may_change_is_kept_when_a_run_goes_on(archive: Path, tmp_path: Pat
         (("model.ckpt=/nowhere",), r"model\.ckpt=null in training.*model\.init"),
         (("data.class_names=[x, y]",), r"data\.class_names to be those of"),
         (("data.name=/home/me/x",), r"data\.name that may be published"),
+        ((f"data.name={'x' * 201}",), r"data\.name of at most 200"),
         (("dp.selection=by /home/me/x",), r"dp\.selection that may be published"),
         (("evaluation.fid_every=1",), r"evaluation\.fid_stats, got none"),
         (("evaluation.fid_every=1", "evaluation.fid_stats=nowhere.npz"), r"nowhere\.npz"),

@@ -328,6 +328,14 @@ def test_both_accountants_are_asked_and_either_can_refuse(release: Path, monkeyp
             assert any("epsilon is 5 by" in problem for problem in problems_of(release)), name
 
 
+def test_the_largest_epsilon_that_is_asked_for_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second accountant may be above the first by its own tolerance, also where both are near the limit."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dpdm.privacy.accounting.epsilon_spent", lambda mechanisms, delta: 100.0)
+        patch.setattr("dpdm.privacy.second_accountant.epsilon_upper_bound", lambda mechanisms, delta: 100.05)
+        assert verify(make_release(tmp_path)).problems == []
+
+
 def test_what_takes_too_long_or_means_nothing_is_not_recomputed(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*_: object) -> float:
         raise AssertionError
@@ -610,6 +618,20 @@ def test_images_for_the_comparison_can_be_elsewhere_and_must_be_somewhere(
     with pytest.raises(InputError, match="found none: give them by --images"):
         against(release, training[0])
     assert against(release, training[0], run / "other.zip")[run / "other.zip"].synthetic.total == 12
+
+
+@pytest.mark.parametrize("output", ["folder", "zip", "npz"])
+def test_what_sample_draws_elsewhere_is_looked_through(
+    release: Path, training: tuple[Path, np.ndarray], tmp_path: Path, capfd: Capture, output: str
+) -> None:
+    """The folder, or the file in it; the overview beside it is no image."""
+    keys = [f"model.ckpt={release}", "sampler.num_images=4", "sampler.num_steps=2", f"sampler.output={output}"]
+    assert run_command(["sample", "--workdir", str(tmp_path / "out"), "--", *keys, "setup.device=cpu"]) == 0
+    places = [tmp_path / "out" / "samples", *(tmp_path / "out" / "samples").glob("images.*")]
+    assert len(places) == (1 if output == "folder" else 2)
+    for place in places:
+        assert run_command(["verify", str(release), "--images", str(place), "--against", str(training[0])]) == 0
+        assert "among 4 synthetic ones" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])

@@ -290,12 +290,15 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
         if own is not None:  # the model's own shape and sampler, the user's wishes on top
             asked = configs.load([own, *files], overrides, quiet=True)
         denoiser = load_denoiser(ckpt, asked if own is not None or files else None)
-        archive = run.synthetic if ckpt.resolve() == run.release.resolve() and not run.synthetic.exists() else None
+        archived = run.synthetic.exists()
+        archive = run.synthetic if ckpt.resolve() == run.release.resolve() and not archived else None
     if processes := launch.processes_to_start(asked, overrides):
         return launch.start(processes, click.get_current_context().obj)
     count = make_samples(denoiser, asked, folder=run.samples, archive=archive)
     if speaks():
         print(f"{count} images in {run.samples}", file=sys.stderr)
+        if archived:
+            print(f"{run.synthetic}, which dpdm evaluate measures, keeps the images that it had.", file=sys.stderr)
     return 0
 
 

@@ -36,14 +36,14 @@ from dpdm.errors import InputError
 from dpdm.evaluation.fid import EvaluationConfig
 from dpdm.files import write_text
 from dpdm.optimizer import OptimConfig
-from dpdm.plain_yaml import as_plain, check_plain, leaves, read_overrides, read_yaml
+from dpdm.plain_yaml import MAX_BYTES, as_plain, check_plain, leaves, read_overrides, read_yaml
 from dpdm.privacy.central import WarmupConfig
 from dpdm.privacy.dpsgd import DPConfig
 from dpdm.progress import speaks
 
 BYTES_PER_WEIGHT = 4
 MAX_AVERAGES = 8
-MAX_NAMES = 2**18  # bytes of the names of all classes; a config is read up to twice as many
+BYTES_PER_CLASS = 24  # at most, of a class's noisy frequency in a released config
 AUTO = "auto"
 
 
@@ -347,18 +347,20 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
         )
     names = tuple(archive.class_names or ()) if num_classes else ()
     check_plain(list(names), str(archive.path), "class_names")
-    if (length := len(json.dumps(names))) > MAX_NAMES:  # or the config that holds them could not be read again
-        raise InputError(
-            f"Expected the names of all classes in {archive.path} to take at most {MAX_NAMES} bytes, got {length} of "
-            f"{len(names)} names: shorten the folders' names, or set data.num_classes=0."
-        )
     if data.class_names not in ((), names):
         raise InputError(
             f"Expected data.class_names to be those of {archive.path}, {list(names)[:20]}, got "
             f"{list(data.class_names)[:20]}: leave them out, and rename the folders of the images."
         )
-    data = replace(data, **found, num_classes=num_classes, class_names=names)
-    return replace(config, data=data)
+    config = replace(config, data=replace(data, **found, num_classes=num_classes, class_names=names))
+    forms = to_yaml(config), json.dumps(asdict(config), indent=2, ensure_ascii=False)  # as a run and a release keep it
+    if (length := max(len(form.encode()) for form in forms) + BYTES_PER_CLASS * num_classes) > MAX_BYTES:
+        raise InputError(
+            f"Expected a config that takes at most {MAX_BYTES} bytes with the names of all classes in {archive.path}, "
+            f"got {length} of {num_classes} classes: shorten the folders' names or dp.selection, or set "
+            "data.num_classes=0."
+        )
+    return config
 
 
 def build_denoiser(config: Config) -> Denoiser:

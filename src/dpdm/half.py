@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from dpdm.errors import InputError, RunError
 from dpdm.model_cards import model_card, public_card
 from dpdm.own_statement import ROUNDING
-from dpdm.release import check_unused, load_config, redacted, write_release
-from dpdm.released_files import to_half
+from dpdm.release import check_unused, load_config, write_release
+from dpdm.released_files import redacted, to_half
 from dpdm.verify import verify
 from dpdm.workdir import Workdir
 

@@ -21,13 +21,13 @@ from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS, round_up
+from dpdm.published_words import LONGEST_NAME, check_words
 from dpdm.untrusted import clean, parse_json, read_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_WORDS_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 8 * 2**30
 MAX_SOURCES = 10  # one after the other: a release that began with a release that began ...
-LONGEST_NAME = 200
 LABELS = "label_embedding.weight"  # one row per class: the only weights that other classes cannot share
 REMEDY = "check model.init"
 
@@ -94,6 +94,12 @@ def open_initial(config: Config) -> Initial:
             f"Expected the weights and config that the statement in {folder} names, got others: dpdm verify says more; "
             f"{REMEDY}."
         )
+    for source in sources:
+        if problems := check_words("its name", source.images or ""):
+            raise InputError(
+                f"Expected the images of the release in {folder} to have a name that may be published, got "
+                f"{clean(source.images, 60)!r}: {problems[0]}; {REMEDY}."
+            )
     if config.model.init_sha256 not in (None, found):
         raise InputError(
             f"Expected weights with sha256 {config.model.init_sha256} in {folder}, got {found}: a run cannot go on "

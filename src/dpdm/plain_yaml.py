@@ -12,6 +12,8 @@ from dpdm.untrusted import read_bytes
 
 MAX_DEPTH = 8
 MAX_BYTES = 2**19
+# What YAML cannot hold, or reads as the end of a line: the file that dpdm writes of it would be another, or none.
+UNWRITABLE = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -26,10 +28,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
+        names: set[Any] = set()
+        for name in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name in names:
                 raise yaml.YAMLError(f"{str(name)[:60]} stands there twice: join the two")
+            names.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -85,8 +88,8 @@ def read_yaml(path: Path) -> Any:
 def check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
     """Raises InputError unless a value from YAML is made of sections, lists, texts, numbers, true, false and null.
 
-    Whole numbers are to fit 64 bits, texts to be writable as UTF-8. ``${`` is refused: OmegaConf would look elsewhere
-    for what it names, in the environment even, and a config is published with the model.
+    Whole numbers are to fit 64 bits, texts to come back as they are from a YAML file. ``${`` is refused: OmegaConf
+    would look elsewhere for what it names, in the environment even, and a config is published with the model.
     """
     what = None
     if isinstance(value, dict) and depth < MAX_DEPTH:
@@ -104,22 +107,14 @@ def check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
     elif isinstance(value, str):
         if "${" in value:
             what = f"{value!r}, which would refer to something else: write the value itself"
-        elif "\0" in value or not _is_utf_8(value):
-            what = f"{value!r}, which cannot be written as text"
+        elif found := UNWRITABLE.search(value):
+            what = f"{value!r}, in which {found[0]!a} cannot be written as text: leave it out"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         what = f"a whole number of {value.bit_length()} bits: 63 are the most"
     elif value is not None and not isinstance(value, bool | int | float):
         what = f"a {type(value).__name__}: give a text, a number, a list, true, false or null"
     if what is not None:
         raise InputError(f"Expected a plain value of {key} in {where}, got {what}.")
-
-
-def _is_utf_8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:

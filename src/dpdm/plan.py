@@ -9,7 +9,7 @@ from dpdm.errors import InputError
 from dpdm.privacy import accounting
 from dpdm.privacy.central import LARGEST_DATASET, MECHANISMS
 from dpdm.privacy.dpsgd import LARGEST_BATCH
-from dpdm.published_words import check_words
+from dpdm.published_words import LONGEST_NAME, check_words
 from dpdm.untrusted import clean
 
 
@@ -145,6 +145,10 @@ def check_public(config: Config) -> None:
 def check_names(config: Config) -> None:
     """Raises InputError if words of the user's that are published seem to be a path or a key."""
     data = config.data
+    if len(data.name or "") > LONGEST_NAME:
+        raise InputError(
+            f"Expected data.name of at most {LONGEST_NAME} characters, got {len(data.name or '')}: choose another."
+        )
     published = {
         "data.name": [data.name or ""],
         "data.class_names": data.class_names,

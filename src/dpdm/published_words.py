@@ -5,6 +5,7 @@ import re
 from dpdm.untrusted import clean
 
 PATH = re.compile(r"""(?:^|[\s"'`(=:,])((?:/|~/|file://|[A-Za-z]:\\|\\\\)[^\s"'`/\\]+[/\\][^\s"'`)]*)""")
+LONGEST_NAME = 200  # of a data set
 HEX = re.compile(r"(?<![0-9A-Za-z])[0-9a-fA-F]{32,}(?![0-9A-Za-z])")
 
 

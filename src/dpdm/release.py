@@ -6,10 +6,9 @@ model, trained without privacy on public images.
 """
 
 import hashlib
-import json
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dpdm import checkpoint, pretrained, reference_checkpoint
 from dpdm import config as configs
 from dpdm.checkpoint import TrainState
 from dpdm.config import Config
+from dpdm.consistency import check_folder
 from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
@@ -29,17 +29,14 @@ from dpdm.generate import as_drawn, denoiser_with, draw, grid
 from dpdm.initial import read_sources
 from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.own_statement import ROUNDING, claim_statement, make_statement, public_statement
+from dpdm.plain_yaml import check_plain
 from dpdm.plan import check_names, check_public
 from dpdm.privacy.ledger import Ledger
-from dpdm.released_files import network_shapes, to_half
+from dpdm.released_files import ALLOWED, CONVERTED_SECTIONS, network_shapes, redacted, to_half
 from dpdm.run import SELECTED
 from dpdm.workdir import Workdir
 
-ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
-SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
-REDACTED = ("data.path", "model.ckpt", "model.init", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
 PREVIEWED = 200  # images, from which a picture takes a hundred
-CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
 
 
 def make_release(
@@ -139,6 +136,7 @@ def _average(config: Config, state: TrainState, rate: float) -> dict[str, Tensor
 def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool, selection: str | None) -> Path:
     config, state, ledger = _finished(workdir)
     if selection is not None:
+        check_plain(selection, "--selection", "dp.selection")
         if not config.dp.enabled or not selection.strip():
             raise InputError(
                 f"Expected --selection to be words for a private model's statement, got {selection!r}"
@@ -222,7 +220,11 @@ def check_unused(workdir: Workdir) -> None:
 def write_release(
     workdir: Workdir, weights: dict[str, Tensor], config: dict[str, Any], statement: dict[str, Any], card: str
 ) -> None:
-    """Writes the release folder, which appears as a whole or not at all."""
+    """Writes the release folder, which appears as a whole, in agreement with its own statement, or not at all.
+
+    Raises:
+        RunError: if ``dpdm verify`` would refuse it. What follows a release cannot be undone.
+    """
     temporary = workdir.root / ".release.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -232,6 +234,11 @@ def write_release(
         write_text(temporary / "README.md", card)
         statement["files"] = {name: _sha256(temporary / name) for name in ALLOWED if name != "privacy.json"}
         write_json(temporary / "privacy.json", statement)
+        if problems := check_folder(temporary)[0].problems:
+            raise RunError(
+                f"Expected a release in {workdir.root} that agrees with its own statement, got: {problems[0]}. Nothing "
+                "was released, and the run is as it was."
+            )
         fsync(temporary / "model.safetensors")
         temporary.rename(workdir.release)
         fsync(workdir.root)
@@ -244,15 +251,6 @@ def forget_keys(workdir: Workdir) -> None:
     write_text(workdir.released, "Released once; no second release is made of this run.\n", mode=0o600)
     for key in (workdir.key, workdir.holdout_key):
         key.unlink(missing_ok=True)
-
-
-def redacted(config: Config) -> dict[str, Any]:
-    """Returns the config that may be shared: no paths, no set-up, no seeds."""
-    sections = {name: asdict(getattr(config, name)) for name in SECTIONS}
-    for key in REDACTED:
-        section, name = key.split(".")
-        del sections[section][name]
-    return json.loads(json.dumps(sections))
 
 
 def load_denoiser(path: str | Path, config: Config | str | Path | None = None) -> Denoiser:

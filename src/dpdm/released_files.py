@@ -1,4 +1,4 @@
-"""What is inside the files of a release: the weights a network needs and no others, words without paths or keys.
+"""The files of a release and what is in them: the weights a network needs and no others, words without paths or keys.
 
 The files are a stranger's: each check returns one line for each thing that should not be there, and reads no more than
 it needs.
@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +21,14 @@ from torch import Tensor
 
 from dpdm import config as configs
 from dpdm.config import Config
-from dpdm.data.pixels_only import Form, check_jpeg, check_png, scan_archive, scan_samples
+from dpdm.data.pixels_only import Form, check_jpeg, check_png, scan_archive, scan_npz, scan_samples
 from dpdm.errors import RunError
 from dpdm.untrusted import clean, open_regular, parse_json, read_bytes
 
+ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
+SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
+REDACTED = ("data.path", "model.ckpt", "model.init", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
+CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
 MAX_WORDS_BYTES = 2**20  # of config.json, privacy.json, README.md
 MAX_WEIGHTS_BYTES = 8 * 2**30
 MAX_HEADER_BYTES = 4 * 2**20
@@ -34,6 +39,15 @@ BYTES_PER_READ = 2**24
 FLOAT32, FLOAT16 = ("F32", "<f4"), ("F16", "<f2")  # in safetensors' words and numpy's
 PICTURE = re.compile(r"data:image/(png|jpeg);base64,([A-Za-z0-9+/=]*)")
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def redacted(config: Config) -> dict[str, Any]:
+    """Returns the config that may be shared: no paths, no set-up, no seeds."""
+    sections = {name: asdict(getattr(config, name)) for name in SECTIONS}
+    for key in REDACTED:
+        section, name = key.split(".")
+        del sections[section][name]
+    return json.loads(json.dumps(sections))
 
 
 def sha256(path: Path, max_bytes: int) -> str:
@@ -123,6 +137,8 @@ def scan_images(path: Path, config: Config) -> tuple[int, list[str]]:
     data = config.data
     form = Form(data.num_channels or 0, data.resolution or 0, data.num_classes or 0)
     try:
+        if path.suffix == ".npz":
+            return scan_npz(path, form), []
         count, problems = (scan_samples if path.is_dir() else scan_archive)(path, form)
     except ValueError as error:
         return 0, [f"{path.name} {clean(error)}"]

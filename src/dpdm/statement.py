@@ -22,7 +22,7 @@ from dpdm.privacy import accounting, second_accountant, second_selection
 from dpdm.privacy.accounting import Mechanism, Selection, Spend, parts, spend_from
 from dpdm.privacy.central import MECHANISMS
 from dpdm.recipes import score_noise_multiplier
-from dpdm.release import ALLOWED
+from dpdm.released_files import ALLOWED
 from dpdm.untrusted import clean
 
 KNOWN_MECHANISMS = ("DP-SGD", *MECHANISMS)
@@ -97,7 +97,7 @@ def recompute(statement: dict[str, Any], mechanisms: list[Spend], config: Config
     found.epsilons = (None, second)
     if second > stated * (1 + SECOND_TOLERANCE):
         found.problems.append(_differs(second, stated, "the second accountant"))
-    if second > LARGEST_EPSILON:
+    if second > LARGEST_EPSILON * (1 + SECOND_TOLERANCE):
         found.problems.append(f"an epsilon above {LARGEST_EPSILON:g} promises nothing and is not recomputed twice")
         return found
     if sum(mechanism.num_steps for mechanism in parts(mechanisms)) > account.LARGEST_STEPS:

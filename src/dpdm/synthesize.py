@@ -20,7 +20,7 @@ from dpdm.errors import InputError, RunError
 from dpdm.evaluate import ImageSet, evaluate, read_synthetic, summary, write_reports
 from dpdm.files import write_json, write_text
 from dpdm.generate import make_samples
-from dpdm.plain_yaml import sets
+from dpdm.plain_yaml import check_plain, sets
 from dpdm.privacy import accounting, noise
 from dpdm.recipes import SELECTION, recipe
 from dpdm.release import forget_keys, load_denoiser, make_release, sampling_config
@@ -203,8 +203,10 @@ def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
         selection = f"{SELECTION.format(unit=unit)}; the user changed {', '.join(changed)}, which is not accounted for"
         values.append(f"dp.selection={json.dumps(selection)}")
     config = configs.load([], [*values, *request.overrides])
+    path = str(workdir.train_archive)
+    check_plain(path, "--workdir", "data.path")
     # Not as an override: a folder's name may mean something else in YAML.
-    return replace(config, data=replace(config.data, path=str(workdir.train_archive)))
+    return replace(config, data=replace(config.data, path=path))
 
 
 def default_num_images(real: ImageArchive, holdout: ImageArchive) -> int:

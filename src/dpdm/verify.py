@@ -5,42 +5,28 @@ word of them reaches a terminal with control characters in it. What is checked i
 Nothing here can prove that training followed the statement.
 """
 
-import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpdm import config as configs
 from dpdm import fidelity, statement
 from dpdm.config import Config
+from dpdm.consistency import Findings, check_folder, hashes_named
 from dpdm.data.archive import ImageArchive
 from dpdm.device import pick_device
-from dpdm.errors import InputError, RunError
+from dpdm.errors import InputError
 from dpdm.evaluation.copies import CopyReport, find_copies
 from dpdm.evaluation.one_page import one_page, public_page
 from dpdm.evaluation.report import SharedReport, write_shareable_report
-from dpdm.model_cards import claim_card, model_card, public_card
 from dpdm.privacy import accounting
 from dpdm.published_words import check_words
-from dpdm.release import ALLOWED, CONVERTED_SECTIONS, redacted
-from dpdm.released_files import (
-    MAX_WEIGHTS_BYTES,
-    MAX_WORDS_BYTES,
-    check_weights,
-    read_json,
-    scan_images,
-    sha256,
-    split_page,
-)
+from dpdm.released_files import ALLOWED, MAX_WORDS_BYTES, scan_images, split_page
 from dpdm.untrusted import clean, read_bytes
 from dpdm.workdir import Workdir
 
-NAMES_SHOWN = 20
 LONGEST_SENTENCE = 1000
 LIMITS = (
     "That the training was done as stated. All of the above shows that the papers fit each other, as they would if "
@@ -57,30 +43,6 @@ PUBLIC_LIMITS = (
 )
 
 
-@dataclass
-class Findings:
-    """What was found.
-
-    Attributes:
-        statement: the content of ``privacy.json``.
-        epsilons: by dp-accounting and by the second accountant; None where it was not computed.
-        problems: a line for each thing that does not fit. Without any the release is consistent.
-        notices: a line for each thing that could not be compared and is no problem.
-        images: number of synthetic images that were looked through, by the name of their file or folder.
-    """
-
-    statement: dict[str, Any]
-    epsilons: tuple[float | None, float | None] = (None, None)
-    problems: list[str] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    images: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_public(self) -> bool:
-        """Whether it is the release of a public model, for which no guarantee is given."""
-        return statement.is_public(self.statement)
-
-
 def verify(release: Path, images: Path | None = None) -> Findings:
     """Checks a release folder and, if it lies in a run's folder, the images and the page to be shared beside it.
 
@@ -92,33 +54,13 @@ def verify(release: Path, images: Path | None = None) -> Findings:
         InputError: if there is no statement, or no ``images``.
         RunError: if the statement cannot be read.
     """
-    path = release / "privacy.json"
-    if not path.is_symlink() and not path.exists():
-        raise InputError(f"Expected a statement at {path}, found none: give a release folder.")
     if images is not None and not images.exists():
         raise InputError(f"Expected synthetic images at {images}, found none: check --images.")
-    try:
-        content, problems = read_json(path)
-        mechanisms = statement.parse(content)
-    except ValueError as error:
-        raise RunError(f"Expected a privacy statement in {path}, could not read it: {clean(error)}.") from None
-    found = Findings(content, problems=problems)
-    found.problems += _check_files(release, content["files"])
-    config = _read_config(release / "config.json", found)
-    if not (mechanisms or found.is_public):
-        found.problems.append(statement.no_guarantee(content))
-    if config is None:
-        return found
-    if mechanisms or found.is_public:
-        recomputed = (
-            statement.recompute(content, mechanisms, config) if mechanisms else statement.check_public(content, config)
-        )
-        found.epsilons = recomputed.epsilons
-        found.notices += recomputed.notices
-        found.problems += recomputed.problems
-    found.problems += check_weights(release / "model.safetensors", config, half="rounding" in content)
-    found.problems += _check_words(release, content, config)
-    _check_images(release, images, config, found)
+    found, config = check_folder(release)
+    if not (found.statement["mechanisms"] or found.is_public):
+        found.problems.append(statement.no_guarantee(found.statement))
+    if config is not None:
+        _check_images(release, images, config, found)
     return found
 
 
@@ -145,7 +87,7 @@ def against(release: Path, archive: Path, images: Path | None = None) -> dict[Pa
     Raises:
         InputError: if one of the two sets cannot be read, or they have different shapes.
     """
-    places = [images] if images else [_images_in(place) for place in synthetic_images(release)]
+    places = [_images_in(place) for place in ([images] if images else synthetic_images(release))]
     if not places:
         raise InputError(f"Expected synthetic images beside {release}, found none: give them by --images.")
     training = fidelity.archive_images("training", ImageArchive(archive))
@@ -188,102 +130,6 @@ def _safe(value: Any) -> Any:
     return clean(value, LONGEST_SENTENCE) if isinstance(value, str) else value
 
 
-def _check_files(release: Path, hashes: Mapping[str, Any]) -> list[str]:
-    """Returns what is not on the allow-list, is missing, or differs from the statement's hashes."""
-    names = sorted(path.name for path in release.iterdir())
-    extra = [name for name in names if name not in ALLOWED]
-    problems = [f"{clean(name, 100)} is not on the allow-list" for name in extra[:NAMES_SHOWN]]
-    problems += [f"{len(extra) - NAMES_SHOWN} more files are not on it"] if len(extra) > NAMES_SHOWN else []
-    for name in ALLOWED:
-        if name not in names:
-            problems.append(f"{name} is missing")
-        elif name != "privacy.json":
-            try:
-                most = MAX_WEIGHTS_BYTES if name == "model.safetensors" else MAX_WORDS_BYTES
-                if sha256(release / name, most) != hashes[name]:
-                    problems.append(f"{name} differs from the statement's hash")
-            except ValueError as error:
-                problems.append(f"{name} {clean(error)}")
-    return problems
-
-
-def _read_config(path: Path, found: Findings) -> Config | None:
-    """Returns the released config, None if it cannot be used; what is odd about it goes to ``found``.
-
-    A key that it lacks has its default: a release is read for years, by versions with more keys than it was written
-    with. One that it has beside those that are shared is a problem.
-    """
-    try:
-        content, problems = read_json(path)
-        if "${" in json.dumps(content):  # OmegaConf takes it for a reference, to the environment even
-            raise ValueError("it holds ${")
-        config = configs.load([path], quiet=True)
-    except (ValueError, RecursionError) as error:
-        found.problems.append(f"config.json cannot be used: {clean(error)}")
-        return None
-    shared = redacted(config)
-    if not (found.statement["mechanisms"] or found.is_public):
-        shared = {name: shared[name] for name in CONVERTED_SECTIONS}
-    odd, lacking = _differences(content, shared)
-    if odd:
-        problems.append(f"config.json is not that of a release: {clean(', '.join(odd[:5]))}")
-    if lacking:
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        found.notices.append(
-            f"config.json lacks {', '.join(lacking[:5])}{more}, as one from before there were such keys does: they "
-            "have their defaults."
-        )
-    found.problems += problems
-    return config
-
-
-def _differences(
-    content: Mapping[str, Any], shared: Mapping[str, Any], prefix: str = ""
-) -> tuple[list[str], list[str]]:
-    """Returns which keys of a released config are not shared or not read as they are written, and which it lacks."""
-    odd, lacking = [], [f"{prefix}{name}" for name in shared if name not in content]
-    for name, value in content.items():
-        own = shared.get(name)
-        if isinstance(value, dict) and isinstance(own, dict):
-            more_odd, more_lacking = _differences(value, own, f"{prefix}{name}.")
-            odd += more_odd
-            lacking += more_lacking
-        elif name not in shared or json.dumps(value) != json.dumps(own):  # for ==, 1 is true
-            odd.append(f"{prefix}{name}")
-    return odd, lacking
-
-
-def _check_words(release: Path, content: dict[str, Any], config: Config) -> list[str]:
-    """Returns which words seem to be a path or a key, and whether the model card is another than the statement's."""
-    hashes = _hashes(content, config)
-    try:
-        card = read_bytes(release / "README.md", MAX_WORDS_BYTES).decode("utf-8")
-    except ValueError:
-        card = ""  # which is a problem already
-    texts = {"README.md": card, "privacy.json": json.dumps(content), "config.json": json.dumps(redacted(config))}
-    problems = [line for name, text in texts.items() for line in check_words(name, text, hashes)]
-    if statement.writer(content) == version("dpdm") and card != _own_card(content, config):
-        problems.append("README.md is not the model card that dpdm makes of this statement")
-    return problems
-
-
-def _hashes(content: dict[str, Any], config: Config) -> frozenset[str]:
-    """Returns the hashes that a release may name: of its own files, and of weights that it began with."""
-    sources, _ = statement.check_sources(content, config)
-    named = [content.get("checkpoint_sha256"), config.model.init_sha256, *(source.sha256 for source in sources)]
-    return frozenset(str(value).lower() for value in [*content["files"].values(), *named])
-
-
-def _own_card(content: dict[str, Any], config: Config) -> str | None:
-    """Returns the model card that this version of dpdm makes of a statement; None if it can make none of it."""
-    try:
-        if statement.is_public(content):
-            return public_card(content, config)
-        return model_card(content, config) if content["mechanisms"] else claim_card(content, config)
-    except (LookupError, TypeError, ValueError):
-        return None
-
-
 def _check_images(release: Path, images: Path | None, config: Config, found: Findings) -> None:
     """Looks through the synthetic images, and the page to be shared if it is beside the release."""
     for path in [images] if images else synthetic_images(release):
@@ -306,7 +152,7 @@ def _check_page(path: Path, release: Path, content: dict[str, Any], config: Conf
     try:
         text, problems = split_page(path)
         if statement.writer(content) != version("dpdm"):
-            return problems + check_words(path.name, text, _hashes(content, config))
+            return problems + check_words(path.name, text, hashes_named(content, config))
         report = SharedReport(
             statement=content,
             synthetic=np.zeros((1, config.data.num_channels or 1, 1, 1), np.uint8),

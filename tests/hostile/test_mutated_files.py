@@ -12,7 +12,7 @@ from tests.hostile.harness import Sandbox, stopped_before_the_work
 from tests.hostile.mutations import mutate
 from tests.made_release import hash_again
 
-from dpdm.release import ALLOWED
+from dpdm.released_files import ALLOWED
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,35 @@ def scan_archive(path: Path, form: Form) -> tuple[int, list[str]]:
     return len(sizes), problems
 
 
+def scan_npz(path: Path, form: Form) -> int:
+    """Returns how many images an npz file holds.
+
+    Raises:
+        ValueError: with the reason, unless it is images, labels and what zip needs for them.
+    """
+    with open_regular(path, MAX_ARCHIVE_BYTES) as file:
+        try:
+            with zipfile.ZipFile(file) as members:
+                infos = members.infolist()
+                names = [info.filename for info in infos]
+                if names not in (["arr_0.npy"], ["arr_0.npy", "arr_1.npy"]) or members.comment:
+                    raise ValueError("holds other members than images and labels")
+                images = _array_shape(members, infos[0])
+                labels = _array_shape(members, infos[1]) if len(infos) == 2 else ("<i8", images[1][:1])
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"cannot be read ({error})") from None
+        count = images[1][0] if images[1] else 0
+        shape = (count, form.resolution, form.resolution, form.num_channels)
+        if images != ("|u1", shape) or labels != ("<i8", (count,)):
+            raise ValueError("holds arrays of another form than the model's images and labels")
+        # A member's local header has 20 bytes of sizes in 64 bits; without them in the directory nothing else is left.
+        size = sum(30 + 20 + 46 + 2 * len(info.filename) + len(info.extra) + info.file_size for info in infos) + 22
+        wide = any(info.extra for info in infos)
+        if file.seek(0, io.SEEK_END) not in ((size, size + 76) if wide else (size,)):
+            raise ValueError("holds bytes beside its images and labels")
+    return count
+
+
 def scan_samples(folder: Path, form: Form) -> tuple[int, list[str]]:
     """Returns how many images are in a folder that ``dpdm sample`` wrote, and what should not be there.
 
@@ -148,7 +177,7 @@ def scan_samples(folder: Path, form: Form) -> tuple[int, list[str]]:
         checks["labels.csv"] = lambda: _check_csv(read_bytes(folder / "labels.csv", MAX_TABLE_BYTES), images, form)
     else:
         checks["images.zip"] = lambda: counts.append(_raise_problems(*scan_archive(folder / "images.zip", form)))
-        checks["images.npz"] = lambda: counts.append(_check_npz(folder / "images.npz", form))
+        checks["images.npz"] = lambda: counts.append(scan_npz(folder / "images.npz", form))
     problems: list[str] = []
     for number, name in enumerate(images):
         if name != f"{number:0{width}d}.png":
@@ -249,31 +278,6 @@ def _check_csv(content: bytes, images: list[str], form: Form) -> None:
         if label == line or not re.fullmatch(r"0|[1-9][0-9]{0,8}", label):
             raise ValueError(f"does not name {name} where it should")
         _check_label(int(label), form)
-
-
-def _check_npz(path: Path, form: Form) -> int:
-    """Returns how many images an npz file holds; ValueError unless it is images, labels and what zip needs for them."""
-    with open_regular(path, MAX_ARCHIVE_BYTES) as file:
-        try:
-            with zipfile.ZipFile(file) as members:
-                infos = members.infolist()
-                names = [info.filename for info in infos]
-                if names not in (["arr_0.npy"], ["arr_0.npy", "arr_1.npy"]) or members.comment:
-                    raise ValueError("holds other members than images and labels")
-                images = _array_shape(members, infos[0])
-                labels = _array_shape(members, infos[1]) if len(infos) == 2 else ("<i8", images[1][:1])
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"cannot be read ({error})") from None
-        count = images[1][0] if images[1] else 0
-        shape = (count, form.resolution, form.resolution, form.num_channels)
-        if images != ("|u1", shape) or labels != ("<i8", (count,)):
-            raise ValueError("holds arrays of another form than the model's images and labels")
-        # A member's local header has 20 bytes of sizes in 64 bits; without them in the directory nothing else is left.
-        size = sum(30 + 20 + 46 + 2 * len(info.filename) + len(info.extra) + info.file_size for info in infos) + 22
-        wide = any(info.extra for info in infos)
-        if file.seek(0, io.SEEK_END) not in ((size, size + 76) if wide else (size,)):
-            raise ValueError("holds bytes beside its images and labels")
-    return count
 
 
 def _array_shape(members: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, tuple[int, ...]]:
