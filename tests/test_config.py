@@ -80,6 +80,24 @@ def test_a_key_that_a_later_version_adds_does_not_change_the_hash(monkeypatch: p
     assert configs.run_hash(configs.load([], ["train.num_iterations=10"])) != before
 
 
+def test_a_key_that_changes_a_chosen_setting_is_named(tmp_path: Path) -> None:
+    """A statement would say else that all settings are a recipe's."""
+    (tmp_path / "recipe.yaml").write_text("dp: {selection: by a recipe}\noptim: {learning_rate: 0.002}\n")
+    file = tmp_path / "recipe.yaml"
+    free = ["data.path=x", "data.name=Mine", "sampler.num_images=3", "train.log_every=5", "optim.learning_rate=2e-3"]
+    assert configs.load_to_train([file], free).dp.selection == "by a recipe"
+    found = configs.load_to_train([file], [*free, "optim.learning_rate=7e-3", "loss.noise_multiplicity=2"])
+    assert found.dp.selection == (
+        "by a recipe; the user changed loss.noise_multiplicity, optim.learning_rate, which is not accounted for"
+    )
+    assert found.optim.learning_rate == 7e-3
+    own = configs.load_to_train([file], ["optim.learning_rate=7e-3", "dp.selection=by eye"])
+    assert own.dp.selection == "by eye"
+    configs.save(found, tmp_path / "run.yaml")
+    assert configs.load_to_train([tmp_path / "run.yaml"], ["train.log_every=9"]).dp.selection == found.dp.selection
+    assert configs.load_to_train([], ["dp.epsilon=3"]).dp.selection == Config().dp.selection
+
+
 @pytest.mark.parametrize(
     ("value", "read"),
     [

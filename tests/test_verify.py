@@ -620,6 +620,21 @@ def test_images_for_the_comparison_can_be_elsewhere_and_must_be_somewhere(
     assert against(release, training[0], run / "other.zip")[run / "other.zip"].synthetic.total == 12
 
 
+@pytest.mark.parametrize("key", ["model.denoiser=v", "loss.sigma_data=5", "data.resolution=16", "dp.epsilon=1"])
+def test_sample_takes_no_key_that_makes_another_model(release: Path, tmp_path: Path, capfd: Capture, key: str) -> None:
+    words = ["sample", "--workdir", str(tmp_path / "out"), "--", f"model.ckpt={release}"]
+    assert run_command([*words, key]) == 2
+    assert f"Expected keys of sampler and setup for {release}, got '{key}'" in capfd.readouterr().err
+    section, _, value = key.partition(".")
+    (tmp_path / "mine.yaml").write_text(f"{section}:\n  {value.replace('=', ': ')}\n")
+    harmless = section == "dp"
+    keys = ["sampler.num_images=1", "sampler.num_steps=2", "setup.device=cpu"]
+    assert run_command([*words[:1], "--config", str(tmp_path / "mine.yaml"), *words[1:], *keys]) == (
+        0 if harmless else 2
+    )
+    assert harmless or f"Expected {key.partition('=')[0]}=" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("output", ["folder", "zip", "npz"])
 def test_what_sample_draws_elsewhere_is_looked_through(
     release: Path, training: tuple[Path, np.ndarray], tmp_path: Path, capfd: Capture, output: str

@@ -85,7 +85,9 @@ def evaluate(
     holdout: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure a run's synthetic images on real ones and write both report pages. The figures are private.
+    """Measure a run's synthetic images on real ones. The figures are private.
+
+    Of a released run report.html, which is private, is written anew, and shareable.html if it is not a public model.
 
     With --fid also FID, kernel distance (KID), precision, recall and, where the extractor gives class probabilities,
     the Inception score.
@@ -115,6 +117,9 @@ def evaluate(
         text = fidelity.summary
     if speaks():
         print(json.dumps(result) if as_json else text(result))
+        for page in ("report", "shareable") if samples is None and workdir is not None else ():
+            if (path := getattr(Workdir(workdir), page)).exists():
+                print(f"{'Private report' if page == 'report' else 'To share'}: {path}", file=sys.stderr)
 
 
 @click.group(subcommand_metavar="step|run", short_help="Attack the code: epsilon is at least so much.")

@@ -143,7 +143,7 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
         raise InputError(
             f"Expected --config outside of --workdir, got {run.config}: the run writes its own file there."
         )
-    asked = configs.load(files, overrides)
+    asked = configs.load_to_train(files, overrides)
     if processes := launch.processes_to_start(asked, overrides):
         return launch.start(processes, click.get_current_context().obj)
     _, state = train_model(asked, run, resume=resume)
@@ -266,7 +266,7 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
     from dpdm import pretrained as releases
     from dpdm.distributed import together
     from dpdm.generate import check_empty, make_samples
-    from dpdm.release import load_denoiser, own_config
+    from dpdm.release import check_same_model, load_denoiser, own_config
 
     run = Workdir(workdir)
     with together():
@@ -280,15 +280,11 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
                 raise InputError(
                     f"Expected no --config and no model.ckpt with --pretrained {pretrained}, got one: it has its own."
                 )
-            for override in overrides:
-                if override.startswith(("model", "data", "loss")):
-                    raise InputError(
-                        f"Expected keys of sampler and setup with --pretrained, got {override!r}: leave it out."
-                    )
             ckpt = releases.folder(pretrained)
         own = own_config(ckpt)
         if own is not None:  # the model's own shape and sampler, the user's wishes on top
             asked = configs.load([own, *files], overrides, quiet=True)
+            check_same_model(ckpt, configs.load([own], quiet=True), asked, overrides)
         denoiser = load_denoiser(ckpt, asked if own is not None or files else None)
         archived = run.synthetic.exists()
         archive = run.synthetic if ckpt.resolve() == run.release.resolve() and not archived else None
@@ -297,6 +293,17 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
     count = make_samples(denoiser, asked, folder=run.samples, archive=archive)
     if speaks():
         print(f"{count} images in {run.samples}", file=sys.stderr)
+        weights = asked.sampler.class_weights
+        if (
+            own is not None
+            and len(set(weights)) > 1
+            and weights != configs.load([own], quiet=True).sampler.class_weights
+        ):
+            print(
+                "dpdm: drawn by sampler.class_weights that are not the release's: if they are from the private images, "
+                "these images tell more than the statement promises.",
+                file=sys.stderr,
+            )
         if archived:
             print(f"{run.synthetic}, which dpdm evaluate measures, keeps the images that it had.", file=sys.stderr)
     return 0

@@ -274,6 +274,22 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     return loaded
 
 
+def load_to_train(files: Sequence[str | Path], overrides: Sequence[str]) -> Config:
+    """Returns ``load(files, overrides)``; its ``dp.selection`` also names what was changed of settings with one.
+
+    Where files say how their settings were chosen, that is no longer so of a key that an override changes.
+    """
+    written, asked = load(files, quiet=True), load(files, overrides)
+    if written.dp.selection == Config().dp.selection or asked.dp.selection != written.dp.selection:
+        return asked
+    before, after = (dict(_settings(config)) for config in (written, asked))
+    changed = [key for key in after if after[key] != before[key] and not key.startswith("data.")]
+    if not changed:
+        return asked
+    selection = f"{written.dp.selection}; the user changed {', '.join(changed)}, which is not accounted for"
+    return replace(asked, dp=replace(asked.dp, selection=selection))
+
+
 @functools.cache  # a merge makes a copy
 def _defaults() -> Any:
     config = OmegaConf.structured(Config)
@@ -311,8 +327,14 @@ def run_hash(config: Config) -> str:
     Keys that have their default are left out, so that a run goes on by a later version, which has more keys.
     """
     usual = dict(leaves(asdict(Config())))
-    asked = [(key, value) for key, value in leaves(asdict(config)) if key not in FREE_KEYS and value != usual[key]]
-    return fingerprint(sorted((key, value) for key, value in asked if key.partition(".")[0] not in FREE_SECTIONS))
+    return fingerprint(sorted((key, value) for key, value in _settings(config) if value != usual[key]))
+
+
+def _settings(config: Config) -> Iterator[tuple[str, Any]]:
+    """Yields the keys that may not change when a run goes on, with their values."""
+    for key, value in leaves(asdict(config)):
+        if key not in FREE_KEYS and key.partition(".")[0] not in FREE_SECTIONS:
+            yield key, value
 
 
 def resolve(config: Config, archive: ImageArchive) -> Config:

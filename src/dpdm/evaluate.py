@@ -81,10 +81,12 @@ def evaluate_run(
 
     To be called by all processes; see ``evaluate`` for what is measured.
     """
+    held_out = holdout or (workdir.holdout_archive if workdir.holdout_archive.exists() else None)
     with distributed.together():
         training = _training_images(real, workdir)
         synthetic = read_synthetic(workdir, configs.load([workdir.config]))
-    held_out = holdout or (workdir.holdout_archive if workdir.holdout_archive.exists() else None)
+        if classifiers:
+            _check_classifiers(synthetic, training, held_out)  # before FID, which takes its time
     found = None
     if fid is not None:
         images = Images.of("synthetic", synthetic.images)
@@ -139,9 +141,11 @@ def evaluate(
         classifiers: also train these, on synthetic and on real images, and test them on ``holdout``.
 
     Raises:
-        InputError: if sizes or classes differ.
+        InputError: if sizes or classes differ, or classifiers lack labels or ``holdout``.
     """
     _check_alike(synthetic, real)
+    if classifiers:
+        _check_classifiers(synthetic, real, holdout)
     if synthetic.labels is not None:
         names = configs.load([workdir.config]).data.class_names if workdir.config.exists() else real.class_names
         _check_classes(names or (), real, holdout)
@@ -152,8 +156,6 @@ def evaluate(
     if warmup is not None:
         sets.append(warmup)
     labelled = synthetic.labels is not None and train_set.labels is not None
-    if classifiers and not (labelled and test_set is not None):
-        raise InputError("Expected labels and held-out real images for classifiers, got none: give --holdout.")
     extractor = _extractor(train_set, real.num_classes if labelled else 0)
     target = feature_statistics(extract(extractor, train_set.images))
     result: dict[str, Any] = {
@@ -372,6 +374,14 @@ def _labels(images: ImageSet) -> np.ndarray:
     if images.labels is None:
         raise InputError(f"Expected labels of the {images.name} images, got none.")
     return images.labels
+
+
+def _check_classifiers(synthetic: ImageSet, real: ImageArchive, holdout: object) -> None:
+    if holdout is None or synthetic.labels is None or real.labels is None:
+        raise InputError(
+            "Expected labels and held-out real images for classifiers, got not both: give --holdout, an archive that "
+            "dpdm prepare SOURCE DEST --split holdout wrote."
+        )
 
 
 def _check_alike(synthetic: ImageSet, real: ImageArchive) -> None:

@@ -108,7 +108,7 @@ def check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
         if "${" in value:
             what = f"{value!r}, which would refer to something else: write the value itself"
         elif found := UNWRITABLE.search(value):
-            what = f"{value!r}, in which {found[0]!a} cannot be written as text: leave it out"
+            what = f"{value!r}, in which {found[0]!a} cannot be written as text: leave out that character"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         what = f"a whole number of {value.bit_length()} bits: 63 are the most"
     elif value is not None and not isinstance(value, bool | int | float):

@@ -33,7 +33,8 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
     """Noise multiplier for a budget, epsilon for a noise multiplier, or the total of several runs. Reads no image.
 
     Give --dataset-size, --batch-size, one of --epochs and --iterations, and one of --epsilon and --noise-multiplier;
-    or --compose alone, once for each private/ledger.jsonl or release/privacy.json from the same images.
+    or --compose, with --delta at most, once for each run on the same images: its private/ledger.jsonl or its
+    release/privacy.json, not both, and not those of a rounded copy beside the release's own.
     """
     from dpdm import account as accounts
     from dpdm.evaluation.guarantee import round_up

@@ -8,6 +8,7 @@ model, trained without privacy on public images.
 import hashlib
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ from dpdm.released_files import ALLOWED, CONVERTED_SECTIONS, network_shapes, red
 from dpdm.run import SELECTED
 from dpdm.workdir import Workdir
 
+MODEL_KEYS = (  # which say what the weights mean, beside those of model.network
+    "data.resolution",
+    "data.num_channels",
+    "data.num_classes",
+    "model.denoiser",
+    "loss.sigma_data",
+    "loss.beta_min",
+    "loss.beta_d",
+)
 PREVIEWED = 200  # images, from which a picture takes a hundred
 
 
@@ -314,6 +324,27 @@ def own_config(path: Path) -> Path | None:
         return None
     file = (path if path.is_dir() else path.parent) / "config.json"
     return file if file.is_file() else None
+
+
+def check_same_model(release: Path, own: Config, asked: Config, overrides: Sequence[str]) -> None:
+    """Raises InputError if what a user asked for in drawing would make another model of a release's weights.
+
+    Args:
+        release: for messages.
+        own: its config.
+        asked: the same with the user's files and ``overrides`` on top.
+        overrides: of which only those of sampler, setup and ``model.ckpt`` mean anything here.
+    """
+    theirs, ours = dict(configs.leaves(redacted(own))), dict(configs.leaves(redacted(asked)))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key != "model.ckpt" and key.partition(".")[0] not in ("sampler", "setup"):
+            raise InputError(f"Expected keys of sampler and setup for {release}, got {override!r}: leave it out.")
+    for key, value in theirs.items():
+        if (key in MODEL_KEYS or key.startswith("model.network.")) and ours[key] != value:
+            raise InputError(
+                f"Expected {key}={value}, as the release in {release} has, got {ours[key]}: leave the key out."
+            )
 
 
 def load_config(release: Path) -> Config:

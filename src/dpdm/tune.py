@@ -127,7 +127,11 @@ def recommend(facts: Facts) -> str:
 def to_yaml(overrides: Sequence[str], comments: Sequence[str]) -> str:
     """Returns ``key=value`` pairs as YAML that ``dpdm train --config`` takes, under lines of comments."""
     sections = read_overrides(overrides)
-    lines = [*comments, "Train: dpdm train --config THIS_FILE --workdir DIR -- data.path=IMAGES"]
+    lines = [
+        *comments,
+        "Train: dpdm train --config THIS_FILE --workdir DIR -- data.path=IMAGES",
+        "Who changes a key here says so in dp.selection; of keys behind -- dpdm train says it by itself.",
+    ]
     return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
 
 
@@ -226,10 +230,13 @@ def choose_on_public(asked: PublicChoice) -> str:
             print(f"{number} of {len(candidates)}: {asked.utility} {told}", file=sys.stderr, flush=True)
     best = int(np.argmax(values_found) if asked.utility == "accuracy" else np.argmin(values_found))
     config, plan = plans[best]
+    given = "" if asked.candidates is None else " (a list that the user gave, which is not accounted for)"
     selection = (
-        f"chosen among {len(candidates)} candidates on public images {asked.name}, by {UTILITIES[asked.utility]}; the "
-        f"candidates are variations of settings chosen {config.dp.selection}"
+        f"chosen among {len(candidates)} candidates{given} on public images {asked.name}, by "
+        f"{UTILITIES[asked.utility]}; the candidates are variations of settings chosen {config.dp.selection}"
     )
+    if changed := [override.partition("=")[0] for override in asked.overrides]:
+        selection += f"; the user changed {', '.join(changed)} in all of them, which is not accounted for"
     comments = [
         f"Best of {len(candidates)} candidates on public images {asked.name}, for {size} private images at epsilon "
         f"{facts.epsilon:g}, delta {facts.the_delta:g}.",

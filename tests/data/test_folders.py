@@ -90,6 +90,24 @@ def test_split_folders_without_classes(make: Make) -> None:
     }
 
 
+@pytest.mark.parametrize(("train", "test"), [("Training", "Testing"), ("Train", "Test"), ("TRAIN", "val")])
+def test_split_folders_in_other_spellings(make: Make, train: str, test: str) -> None:
+    splits = tree_splits(make([f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/cat/3.png"]))
+    assert {name: split.names for name, split in splits.items()} == {
+        "train": [f"{train}/cat/1.png", f"{train}/dog/2.png"],
+        "holdout": [f"{test}/cat/3.png"],
+    }
+    assert splits["train"].class_names == ["cat", "dog"]
+
+
+def test_folders_in_classes_are_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or who has a folder around everything would train on one class and not know."""
+    tree_splits(make(["a/1.png", "b/3.png"]))
+    assert "outer" not in capsys.readouterr().err
+    assert tree_splits(make(["a/cat/1.png", "a/dog/2.png", "b/3.png"]))["train"].class_names == ["a", "b"]
+    assert "the outer folders are the classes, a, b; those in them are not told apart" in capsys.readouterr().err
+
+
 def test_train_alone_is_stepped_into(make: Make) -> None:
     splits = tree_splits(make(["train/cat/1.png", "train/dog/2.png"]))
     assert list(splits) == ["train"]
@@ -203,7 +221,9 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     for path in (root / "cat/1.png", tmp_path / "secret.png", tmp_path / "outside/2.png"):
         path.write_text(path.name)
-    (root / "cat/inside.png").symlink_to(root / "cat/1.png")
+    (root / ".store").mkdir()
+    (root / ".store/3.png").write_text("3.png")
+    (root / "cat/inside.png").symlink_to(root / ".store/3.png")  # which is no image of the folder itself
     (tmp_path / "alias").symlink_to(root)
     assert folder_tree(tmp_path / "alias").images == ["cat/1.png", "cat/inside.png"]
     (root / "cat/out.png").symlink_to(tmp_path / "secret.png")
@@ -213,6 +233,14 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         folder_tree(root)
     assert "3 links" in str(caught.value)
     assert all(name in str(caught.value) for name in ("cat/out.png", "dog", "cat/loop"))
+
+
+def test_no_image_is_there_twice_by_a_link(tmp_path: Path) -> None:
+    """Or it would weigh twice, and epsilon would not hold for it."""
+    (tmp_path / "1.png").write_text("1")
+    (tmp_path / "again.png").symlink_to(tmp_path / "1.png")
+    with pytest.raises(InputError, match=r"1 links to images that are in it themselves: again\.png"):
+        folder_tree(tmp_path)
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ def test_an_archive_keeps_numbers_and_no_names(tmp_path: Path) -> None:
         ImageArchive(plain.path, "group")
 
 
+def test_one_name_in_two_forms_of_unicode_is_one_person(tmp_path: Path) -> None:
+    """They look the same: macOS writes a letter and its accent as two characters, a spreadsheet as one."""
+    composed, decomposed = "Zo\u00eb", "Zoe\u0308"
+    write_images(tmp_path / "in", 3, f"scans {decomposed}/")
+    groups = dict(
+        zip((f"scans {composed}/0{number}.png" for number in range(3)), (composed, "Ada", decomposed), strict=True)
+    )
+    archive = prepare(str(tmp_path / "in"), tmp_path / "a.zip", groups=write_csv(tmp_path / "a.csv", groups))
+    assert archive.groups is not None
+    assert archive.groups.tolist() == [0, 1, 0]
+    write_images(tmp_path / "other", 1, f"scans/{composed}-")
+    write_images(tmp_path / "other", 2, f"scans/{decomposed}-")
+    archive = prepare(str(tmp_path / "other"), tmp_path / "b.zip", groups="/(.*)-")
+    assert (archive.num_images, archive.num_groups) == (3, 1)
+
+
 def test_a_pattern_finds_groups_in_names(tmp_path: Path) -> None:
     for person in ("p7", "p12"):
         write_images(tmp_path / "in", 2, f"scans/{person}/")

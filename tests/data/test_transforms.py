@@ -95,6 +95,38 @@ def test_16_bits_are_rounded_to_8() -> None:
         np.testing.assert_array_equal(pixels(content, 1)[0], expected)
 
 
+def tiff(strip: bytes, width: int, *, bits: int, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A grey TIFF of one row."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(strip)}
+    tags[339] = sample_format
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    strip += bytes(len(strip) % 2)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip)) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_white_may_be_zero_in_8_and_in_16_bits() -> None:
+    """As X-rays are stored: one data set may hold both."""
+    values = np.array([0, 257, 12850, 65535])
+    expected = [[255, 254, 205, 0]]
+    wide = tiff(values.astype("<u2").tobytes(), 4, bits=16, photometric=0)
+    narrow = tiff((values // 257).astype(np.uint8).tobytes(), 4, bits=8, photometric=0)
+    for content in (wide, narrow):
+        np.testing.assert_array_equal(pixels(content, 1)[0], expected)
+    upright = tiff(values.astype("<u2").tobytes(), 4, bits=16)
+    np.testing.assert_array_equal(pixels(upright, 1)[0], [[0, 1, 50, 255]])
+
+
+def test_12_bits_are_scaled_to_8() -> None:
+    packed = bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x80])  # 0, 4095, 2048, 128: as TIFF packs them
+    np.testing.assert_array_equal(pixels(tiff(packed, 4, bits=12), 1)[0], [[0, 255, 128, 8]])
+
+
+def test_signed_pixels_are_named() -> None:
+    for values in ([0, 32767], [-1, 5]):  # whatever an image holds
+        with pytest.raises(InputError, match="signed pixels"):
+            pixels(tiff(np.array(values, "<i2").tobytes(), 2, bits=16, sample_format=2), 1)
+
+
 def test_32_bits_are_named() -> None:
     content = encode(Image.fromarray(np.arange(16, dtype=np.int32).reshape(4, 4)), "TIFF")
     with pytest.raises(InputError, match="32-bit pixels, expected 8 or 16 bits"):

@@ -93,6 +93,21 @@ def test_lengths_behind_the_content_and_code_page_437(tmp_path: Path) -> None:
     assert ZipReader(path).read("übc.png", "x") == b"content"
 
 
+def test_names_of_unix_that_do_not_say_that_they_are_utf_8(tmp_path: Path) -> None:
+    """As Info-ZIP writes them; the same folder unzipped has the same classes."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in ("Zoë/1.png", "Zoe/2.png"):
+            file.writestr(name, name)
+    content = (tmp_path / "a.zip").read_bytes()
+    position = content.index(b"PK\1\2")
+    for place in (content.index(b"PK\3\4") + 6, position + 8):  # flags of the first member, in both headers
+        content = content[:place] + bytes(2) + content[place + 2 :]
+    (tmp_path / "a.zip").write_bytes(content)
+    assert ZipReader(tmp_path / "a.zip").names == ["Zoe/2.png", "Zoë/1.png"]
+    (tmp_path / "a.zip").write_bytes(content[: position + 5] + b"\0" + content[position + 6 :])  # made on MS-DOS
+    assert ZipReader(tmp_path / "a.zip").names == ["Zoe/2.png", "Zo├½/1.png"]
+
+
 def test_every_damage_is_an_input_error(tmp_path: Path) -> None:
     """Whatever byte is changed: the zip is refused, or every member is right or refused."""
     members = random_members(3)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from dpdm.data.transforms import IMAGE_SUFFIXES
 from dpdm.data.zips import MAX_MEMBER_BYTES, ZipReader
 from dpdm.errors import InputError
 
-TRAIN_FOLDER = "train"
 DEPTH = 3  # a folder around everything, train or test, a class
-HOLDOUT_FOLDERS = ("test", "val", "validation")
+TRAIN_FOLDERS = ("train", "training")  # in capitals or not, as are the next
+HOLDOUT_FOLDERS = ("test", "testing", "val", "validation")
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,16 @@ def folder_tree(root: Path) -> Tree:
     """Lists a folder.
 
     Raises:
-        InputError: if it cannot be listed, or naming all links to folders or to places outside of it. Such a
-            link would put images into the data set that are not in the folder the user means.
+        InputError: if it cannot be listed, or naming all links to folders, to places outside of it, or to images in
+            it. Such a link would put images into the data set that are not in the folder the user means, or one
+            image twice, which would then be protected less.
     """
     real_root = root.resolve()
     images: list[str] = []
     folders: set[str] = set()
     others: list[str] = []
     refused: list[str] = []
+    links: dict[str, str] = {}
     prefix = len(f"{real_root}/".replace("//", "/"))  # of a million names; Path objects would take ten times as long
     try:
         for entry in _walk(str(real_root)):
@@ -65,14 +67,23 @@ def folder_tree(root: Path) -> Tree:
                 folders.add(relative)
             elif entry.is_file() and relative.lower().endswith(IMAGE_SUFFIXES):
                 images.append(relative)
+                if entry.is_symlink():
+                    links[relative] = str(Path(entry.path).resolve())[prefix:]
             else:
                 others.append(relative)
     except OSError as error:
         raise InputError(f"Cannot list {root}: {error}.") from error
+    counted = set(images) if links else set()
+    twice = sorted(link for link, target in links.items() if target in counted)
     if refused:
         raise InputError(
             f"{root}: {len(refused)} links to folders or to outside: {list_names(sorted(refused))}: "
             "replace each by a copy of what it points to."
+        )
+    if twice:
+        raise InputError(
+            f"{root}: {len(twice)} links to images that are in it themselves: {list_names(twice)}: remove them, as an "
+            "image that is there twice is protected less."
         )
 
     def read(relative: str) -> bytes:
@@ -172,8 +183,9 @@ def tree_splits(tree: Tree) -> dict[str, Split]:
     """Turns a tree into the split ``train`` and, if it brings one, ``holdout``.
 
     With ``dataset.json`` at the top it is an archive with those labels and groups. Otherwise a class is a top-level
-    folder (sorted by name, empty ones included), or a folder below train/ and test/ (or val/) where both
-    exist; images without any folder have no labels. What is no image is named in a note on standard error.
+    folder (sorted by name, empty ones included), or a folder below train/ and test/ where both exist (or of others of
+    ``TRAIN_FOLDERS`` and ``HOLDOUT_FOLDERS``); images without any folder have no labels. What is no image is named in a
+    note on standard error.
 
     Raises:
         InputError: if there are no images, or some are in class folders and some are not.
@@ -201,21 +213,28 @@ def tree_splits(tree: Tree) -> dict[str, Split]:
 def _split_folders(tree: Tree) -> dict[str, str]:
     """Maps split to path prefix: {"train": ""} or {"train": "train/", "holdout": "test/"}."""
     top = {name for name in tree.folders if "/" not in name}
-    holdouts = [name for name in HOLDOUT_FOLDERS if name in top]
-    if TRAIN_FOLDER not in top or not (holdouts or len(top) == 1):
+    trains, holdouts = (_called(top, names) for names in (TRAIN_FOLDERS, HOLDOUT_FOLDERS))
+    if not trains or not (holdouts or len(top) == 1):
         return {"train": ""}
-    others = sorted(top - {TRAIN_FOLDER, *holdouts[:1]})
+    split = [trains[0], *holdouts[:1]]
+    others = sorted(top - set(split))
     others += [name for name in tree.images if "/" not in name]
     if others:
         raise InputError(
-            f"{tree.where}: expected nothing beside {' and '.join([TRAIN_FOLDER, *holdouts[:1]])}, "
-            f"found {list_names(others)}: move it elsewhere."
+            f"{tree.where}: expected nothing beside {' and '.join(split)}, found {list_names(others)}: move it "
+            "elsewhere."
         )
-    roots = {"train": f"{TRAIN_FOLDER}/"} | ({"holdout": f"{holdouts[0]}/"} if holdouts else {})
+    roots = {part: f"{folder}/" for part, folder in zip(("train", "holdout"), split, strict=False)}
     empty = [root for root in roots.values() if not any(name.startswith(root) for name in tree.images)]
     if empty:
         raise InputError(f"{tree.where}: expected images in {' and '.join(empty)}, found none.")
     return roots
+
+
+def _called(folders: set[str], names: Sequence[str]) -> list[str]:
+    """Returns the folders with one of some names, in capitals or not, in the order of the names."""
+    found = sorted(name for name in folders if name.casefold() in names)
+    return sorted(found, key=lambda name: names.index(name.casefold()))
 
 
 def _classes(tree: Tree, root: str) -> set[str] | None:
@@ -234,6 +253,11 @@ def _classes(tree: Tree, root: str) -> set[str] | None:
     empty = sorted(classes - {name.split("/")[0] for name in below})
     if empty:
         _note(f"{tree.where}/{root}".rstrip("/"), f"classes without images: {list_names(empty)}")
+    if any(name.count("/") > 1 for name in below):
+        _note(
+            f"{tree.where}/{root}".rstrip("/"),
+            f"the outer folders are the classes, {list_names(sorted(classes))}; those in them are not told apart",
+        )
     return classes
 
 

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import hmac
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,9 @@ def _from_csv(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Returns the group of each image that a CSV file names."""
     found: dict[str, str] = {}
     twice, empty = [], []
+    spelled = {_composed(name): name for name in names}
+    if len(spelled) < len(names):  # two files that look alike: each is to be named as it is
+        spelled = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.reader(file, strict=True):
@@ -83,7 +87,7 @@ def _from_csv(path: Path, names: Sequence[str]) -> dict[str, str]:
                     continue
                 if len(row) != 2:
                     raise InputError(f"{path}: expected lines of the form file,group, got {','.join(row)[:80]!r}.")
-                name, group = row[0], row[1].strip()
+                name, group = spelled.get(_composed(row[0]), row[0]), _composed(row[1].strip())
                 if name in found:
                     twice.append(name)
                 elif not group:
@@ -118,4 +122,9 @@ def _from_pattern(pattern: str, names: Sequence[str]) -> dict[str, str]:
     without = [name for name, match in matches.items() if not (match and match[1])]
     if without:
         raise InputError(f"Expected {pattern!r} to find a group in each name, not in {list_names(without)}")
-    return {name: match[1] for name, match in matches.items() if match}
+    return {name: _composed(match[1]) for name, match in matches.items() if match}
+
+
+def _composed(name: str) -> str:
+    """Returns a name in Unicode's form C: one machine writes e and its accent as two characters, another as one."""
+    return unicodedata.normalize("NFC", name)

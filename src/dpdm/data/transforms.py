@@ -19,7 +19,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it merely warns
 MAX_RESOLUTION = 4096
 
-BITS_PER_SAMPLE = 258  # TIFF's tag
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+WHITE_IS_ZERO, SIGNED = 0, (2,)
 GREY_16_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # "I": how older Pillows open 16-bit PNGs
 GREY_MODES = ("1", "L", "LA", "La", *GREY_16_BIT_MODES)
 
@@ -70,12 +71,13 @@ def is_grey(name: str, content: bytes | NDArray[np.uint8]) -> bool:
 def decode(name: str, content: bytes | NDArray[np.uint8], num_channels: int) -> Image.Image:
     """Decodes to mode L (``num_channels`` 1) or RGB (3), upright by its EXIF orientation.
 
-    Transparent parts are composited on black; 16-bit grey v becomes round(v / 257), of 16-bit RGB Pillow keeps the
-    upper 8 bits; palettes, CMYK and YCbCr become RGB, without regard to colour profiles. What the file says beside
-    the pixels is left behind.
+    Transparent parts are composited on black; 16-bit grey v becomes round(v / 257), 12-bit grey round(v 255 / 4095);
+    of 16-bit RGB Pillow keeps the upper 8 bits; palettes, CMYK and YCbCr become RGB, without regard to colour
+    profiles. What the file says beside the pixels is left behind.
 
     Raises:
-        InputError: naming the image, if it is truncated, damaged, animated, too large, or of floating point.
+        InputError: naming the image, if it is truncated, damaged, animated, too large, or of floating-point or signed
+            pixels.
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content).convert("L" if num_channels == 1 else "RGB")
@@ -97,8 +99,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
-    if image.format == "TIFF" and image.mode == "I" and getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (32,):
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    if tags.get(BITS_PER_SAMPLE) == (32,) and image.mode == "I":
         raise ValueError("32-bit pixels, expected 8 or 16 bits")
+    if tags.get(SAMPLE_FORMAT) == SIGNED:  # what stands for black is not said
+        raise ValueError("signed pixels, expected 8 or 16 bits without a sign")
     if image.mode in GREY_16_BIT_MODES:
         values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
@@ -106,7 +111,10 @@ def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
         transparent = image.info.get("transparency")
         if transparent is not None:
             values[values == transparent] = 0
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        white = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # as X-rays are; Pillow turns those of 8 bits alone
+            values = white - values
+        return Image.fromarray(((2 * 255 * values + white) // (2 * white)).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels, expected 8 or 16 bits")
     if image.has_transparency_data:

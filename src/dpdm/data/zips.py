@@ -32,7 +32,7 @@ END_64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR_64 = struct.Struct("<4sLQL")
 LONGEST_COMMENT = 2**16 - 1
 
-VERSION, VERSION_64, UNIX = 20, 45, 3
+VERSION, VERSION_64, UNIX, MACOS = 20, 45, 3, 19
 # The format's first day: without a fixed time two runs would give different bytes.
 TIME, DATE = 0, 1 << 5 | 1
 MODE = 0o644 << 16
@@ -189,7 +189,7 @@ class ZipReader:
             name_size, extra_size, comment_size, offset = entry[12], entry[13], entry[14], entry[18]
             position += CENTRAL.size
             raw = content[position : position + name_size]
-            names.append(raw.decode("utf-8" if flags & UTF_8 else "cp437"))
+            names.append(_name(raw, by=entry[2], is_utf_8=bool(flags & UTF_8)))
             extra = content[position + name_size : position + name_size + extra_size]
             if 0xFFFFFFFF in (size, packed, offset):
                 size, packed, offset = _wide_fields(extra, [size, packed, offset])
@@ -200,6 +200,16 @@ class ZipReader:
         columns = tuple(array(column.typecode, (column[index] for index in order)) for column in columns)
         self._flags, self._methods, self._crcs, self._packed_sizes, self._sizes, self._offsets = columns
         self.names = [names[index] for index in order]
+
+
+def _name(raw: bytes, *, by: int, is_utf_8: bool) -> str:
+    """Returns a member's name. Unix and macOS write theirs in UTF-8, often without saying so as the format asks for."""
+    if not is_utf_8 and by in (UNIX, MACOS):
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            pass
+    return raw.decode("utf-8" if is_utf_8 else "cp437")
 
 
 def _wide_fields(extra: bytes, values: list[int]) -> list[int]:

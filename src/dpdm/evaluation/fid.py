@@ -231,8 +231,12 @@ def references(config: EvaluationConfig) -> "dict[Path, Statistics]":
     """Returns the statistics to compare with, by their path.
 
     Raises:
-        InputError: if there is no file or one cannot be used.
+        InputError: if there is no file or one cannot be used, or there is none of the extractor.
     """
+    if config.extractor not in (None, INCEPTION) and not Path(config.extractor).expanduser().is_file():
+        raise InputError(
+            f"Expected a TorchScript file at evaluation.extractor={config.extractor}, found none: check it."
+        )
     if not config.fid_stats:
         raise InputError(
             "Expected evaluation.fid_stats, got none: give a file of dpdm fid-stats, or evaluation.fid_every=null."
