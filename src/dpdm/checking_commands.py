@@ -97,12 +97,15 @@ def evaluate(
 
     if classifier_epochs is not None and classifiers is None:
         raise InputError("Expected --classifiers with --classifier-epochs, got none: name a protocol.")
+    pages: dict[str, Path] = {}
     if samples is None:
         if workdir is None:
             raise InputError("Expected --workdir, got none: give a run's folder, or --fid with --samples.")
+        run = Workdir(workdir)
+        pages = {"Private report": run.report, "To share": run.shareable}
         wanted = measures.Classifiers(classifiers, classifier_epochs) if classifiers else None
         fid = measures.Fid(statistics, extractor) if statistics else None
-        result = measures.evaluate_run(Workdir(workdir), fid, wanted, real=real, holdout=holdout)
+        result = measures.evaluate_run(run, fid, wanted, real=real, holdout=holdout)
         text = measures.summary
     else:
         if statistics is None:
@@ -112,14 +115,14 @@ def evaluate(
                 "Expected neither --classifiers nor --holdout with --samples, got one: classifiers are trained on a "
                 "run's images, by --workdir."
             )
-        run = Workdir(workdir) if workdir else None
-        result = measures.evaluate_samples(samples, measures.Fid(statistics, extractor), run, real=real)
+        with_run = Workdir(workdir) if workdir else None
+        result = measures.evaluate_samples(samples, measures.Fid(statistics, extractor), with_run, real=real)
         text = fidelity.summary
     if speaks():
         print(json.dumps(result) if as_json else text(result))
-        for page in ("report", "shareable") if samples is None and workdir is not None else ():
-            if (path := getattr(Workdir(workdir), page)).exists():
-                print(f"{'Private report' if page == 'report' else 'To share'}: {path}", file=sys.stderr)
+        for name, page in pages.items():
+            if page.exists():
+                print(f"{name}: {page}", file=sys.stderr)
 
 
 @click.group(subcommand_metavar="step|run", short_help="Attack the code: epsilon is at least so much.")

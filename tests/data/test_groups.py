@@ -78,9 +78,8 @@ def test_one_name_in_two_forms_of_unicode_is_one_person(tmp_path: Path) -> None:
     """They look the same: macOS writes a letter and its accent as two characters, a spreadsheet as one."""
     composed, decomposed = "Zo\u00eb", "Zoe\u0308"
     write_images(tmp_path / "in", 3, f"scans {decomposed}/")
-    groups = dict(
-        zip((f"scans {composed}/0{number}.png" for number in range(3)), (composed, "Ada", decomposed), strict=True)
-    )
+    persons = (composed, "Ada", decomposed)
+    groups: dict[str, str] = {f"scans {composed}/0{number}.png": person for number, person in enumerate(persons)}
     archive = prepare(str(tmp_path / "in"), tmp_path / "a.zip", groups=write_csv(tmp_path / "a.csv", groups))
     assert archive.groups is not None
     assert archive.groups.tolist() == [0, 1, 0]
