@@ -241,7 +241,7 @@ def test_wrong_usage_is_one_line_and_writes_nothing(
 def test_a_release_has_no_raw_weights(converted: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     keys = [f"model.ckpt={converted / 'release'}", "model.use_ema=false"]
     assert run_command(["sample", "--workdir", str(tmp_path / "w"), "--", *keys]) == 2
-    assert "model.use_ema=true" in capfd.readouterr().err
+    assert "got model.use_ema=False: leave it out" in capfd.readouterr().err
 
 
 def test_a_notice_appears_once(files: Path, converted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -266,7 +266,7 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
     from dpdm import pretrained as releases
     from dpdm.distributed import together
     from dpdm.generate import check_empty, make_samples
-    from dpdm.release import check_same_model, load_denoiser, own_config
+    from dpdm.release import config_to_draw, load_config, load_denoiser, own_config
 
     run = Workdir(workdir)
     with together():
@@ -283,8 +283,7 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
             ckpt = releases.folder(pretrained)
         own = own_config(ckpt)
         if own is not None:  # the model's own shape and sampler, the user's wishes on top
-            asked = configs.load([own, *files], overrides, quiet=True)
-            check_same_model(ckpt, configs.load([own], quiet=True), asked, overrides)
+            asked = config_to_draw(own, files, overrides)
         denoiser = load_denoiser(ckpt, asked if own is not None or files else None)
         archived = run.synthetic.exists()
         archive = run.synthetic if ckpt.resolve() == run.release.resolve() and not archived else None
@@ -294,11 +293,7 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
     if speaks():
         print(f"{count} images in {run.samples}", file=sys.stderr)
         weights = asked.sampler.class_weights
-        if (
-            own is not None
-            and len(set(weights)) > 1
-            and weights != configs.load([own], quiet=True).sampler.class_weights
-        ):
+        if own is not None and len(set(weights)) > 1 and weights != load_config(own.parent).sampler.class_weights:
             print(
                 "dpdm: drawn by sampler.class_weights that are not the release's: if they are from the private images, "
                 "these images tell more than the statement promises.",

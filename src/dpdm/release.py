@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -326,25 +326,24 @@ def own_config(path: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def check_same_model(release: Path, own: Config, asked: Config, overrides: Sequence[str]) -> None:
-    """Raises InputError if what a user asked for in drawing would make another model of a release's weights.
+def config_to_draw(own: Path, files: Sequence[str], overrides: Sequence[str]) -> Config:
+    """Returns a release's config, ``own``, with a user's files and ``overrides`` on top.
 
-    Args:
-        release: for messages.
-        own: its config.
-        asked: the same with the user's files and ``overrides`` on top.
-        overrides: of which only those of sampler, setup and ``model.ckpt`` mean anything here.
+    Raises:
+        InputError: if that would make another model of its weights, or an override means nothing in drawing.
     """
-    theirs, ours = dict(configs.leaves(redacted(own))), dict(configs.leaves(redacted(asked)))
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key != "model.ckpt" and key.partition(".")[0] not in ("sampler", "setup"):
-            raise InputError(f"Expected keys of sampler and setup for {release}, got {override!r}: leave it out.")
-    for key, value in theirs.items():
-        if (key in MODEL_KEYS or key.startswith("model.network.")) and ours[key] != value:
+    theirs, filed, asked = (
+        dict(configs.leaves(asdict(configs.load([own, *more], words, quiet=True))))
+        for more, words in (((), ()), (files, ()), (files, overrides))
+    )
+    for key, value in asked.items():
+        if value != filed[key] and key != "model.ckpt" and key.partition(".")[0] not in ("sampler", "setup"):
+            raise InputError(f"Expected keys of sampler and setup for {own.parent}, got {key}={value}: leave it out.")
+        if value != theirs[key] and (key in MODEL_KEYS or key.startswith("model.network.")):
             raise InputError(
-                f"Expected {key}={value}, as the release in {release} has, got {ours[key]}: leave the key out."
+                f"Expected {key}={theirs[key]}, as the release in {own.parent} has, got {value}: leave the key out."
             )
+    return configs.load([own, *files], overrides, quiet=True)
 
 
 def load_config(release: Path) -> Config:

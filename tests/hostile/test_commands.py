@@ -62,7 +62,7 @@ def attack(box: Sandbox, count: int, first_seed: int, *, real: bool = False) -> 
 def test_odd_configs_and_command_lines_are_told_in_one_line(box: Sandbox) -> None:
     statuses = attack(box, 200, first_seed=0)
     assert statuses[2] > 130
-    assert statuses["reached the work"] > 3  # not all fail at the first look
+    assert statuses["reached the work"] > 2  # not all fail at the first look
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_ten_thousand_configs_and_command_lines(box: Sandbox) -> None:
     for first_seed in range(1, 21):
         statuses += attack(box, 500, first_seed)
     print(statuses)
-    assert statuses["reached the work"] > 100
+    assert statuses["reached the work"] > 60
 
 
 @pytest.mark.slow
