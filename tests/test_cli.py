@@ -508,7 +508,7 @@ def test_a_lock_can_be_nested_and_leaves_nothing_after_an_error(tmp_path: Path) 
 def test_a_pretrained_release_keeps_its_own_network(tmp_path: Path, refused: Callable[..., str]) -> None:
     line = ["sample", "--pretrained", "mnist_small_eps_1.0", "--workdir", str(tmp_path / "w"), "--"]
     for key in ("model.denoiser=v", "data.resolution=32", "loss.sigma_data=2"):
-        assert f"got '{key}'" in refused(*line, key)
+        assert f"got {key}" in refused(*line, key)
     assert "setup.device" in refused(*line, "setup.device=meta")
 
 
