@@ -297,6 +297,7 @@ def test_what_may_change_is_kept_when_a_run_goes_on(archive: Path, tmp_path: Pat
         (("dp.selection=by /home/me/x",), r"dp\.selection that may be published"),
         (("evaluation.fid_every=1",), r"evaluation\.fid_stats, got none"),
         (("evaluation.fid_every=1", "evaluation.fid_stats=nowhere.npz"), r"nowhere\.npz"),
+        (("evaluation.fid_every=1", "evaluation.extractor=nofile.pt"), r"evaluation\.extractor=nofile\.pt"),
         (("setup.device=meta",), r"setup\.device.*'meta'"),
     ],
 )

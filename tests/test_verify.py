@@ -620,6 +620,20 @@ def test_images_for_the_comparison_can_be_elsewhere_and_must_be_somewhere(
     assert against(release, training[0], run / "other.zip")[run / "other.zip"].synthetic.total == 12
 
 
+@pytest.mark.parametrize(("weights", "warned"), [("[5,1]", True), ("[2,2]", False), ("[]", False)])
+def test_sample_tells_what_its_images_are_not(
+    run: Path, release: Path, weights: str, warned: bool, capfd: Capture
+) -> None:
+    """By private class sizes they would tell of these; and evaluate measures the images that were there before."""
+    before = (run / "synthetic.zip").read_bytes()
+    keys = ["sampler.num_images=2", "sampler.num_steps=2", f"sampler.class_weights={weights}", "setup.device=cpu"]
+    assert run_command(["sample", "--workdir", str(run), "--", f"model.ckpt={release}", *keys]) == 0
+    err = capfd.readouterr().err
+    assert ("sampler.class_weights that are not the release's" in err) == warned
+    assert "synthetic.zip, which dpdm evaluate measures, keeps the images that it had" in err
+    assert (run / "synthetic.zip").read_bytes() == before
+
+
 @pytest.mark.parametrize("key", ["model.denoiser=v", "loss.sigma_data=5", "data.resolution=16", "dp.epsilon=1"])
 def test_sample_takes_no_key_that_makes_another_model(release: Path, tmp_path: Path, capfd: Capture, key: str) -> None:
     words = ["sample", "--workdir", str(tmp_path / "out"), "--", f"model.ckpt={release}"]
