@@ -93,6 +93,8 @@ def test_a_key_that_changes_a_chosen_setting_is_named(tmp_path: Path) -> None:
     assert found.optim.learning_rate == 7e-3
     own = configs.load_to_train([file], ["optim.learning_rate=7e-3", "dp.selection=by eye"])
     assert own.dp.selection == "by eye"
+    file.write_text("dp: {selection: by a recipe}\nsampler: {type: edm, stochastic: true}\n")  # which alone do not fit
+    assert configs.load_to_train([file], ["sampler.type=ddim"]).dp.selection == "by a recipe"
     configs.save(found, tmp_path / "run.yaml")
     assert configs.load_to_train([tmp_path / "run.yaml"], ["train.log_every=9"]).dp.selection == found.dp.selection
     assert configs.load_to_train([], ["dp.epsilon=3"]).dp.selection == Config().dp.selection

@@ -642,7 +642,9 @@ def test_sample_takes_no_key_that_makes_another_model(release: Path, tmp_path: P
     section, _, value = key.partition(".")
     (tmp_path / "mine.yaml").write_text(f"{section}:\n  {value.replace('=', ': ')}\n")
     harmless = section == "dp"
-    keys = ["sampler.num_images=1", "sampler.num_steps=2", "setup.device=cpu"]
+    if harmless:  # neither does the file alone fit together
+        (tmp_path / "mine.yaml").write_text("dp: {epsilon: 1}\nsampler: {type: edm, stochastic: true}\n")
+    keys = ["sampler.num_images=1", "sampler.num_steps=2", "sampler.type=ddim", "setup.device=cpu"]
     assert run_command([*words[:1], "--config", str(tmp_path / "mine.yaml"), *words[1:], *keys]) == (
         0 if harmless else 2
     )

@@ -97,11 +97,11 @@ def evaluate(
 
     if classifier_epochs is not None and classifiers is None:
         raise InputError("Expected --classifiers with --classifier-epochs, got none: name a protocol.")
+    run = Workdir(workdir) if workdir else None
     pages: dict[str, Path] = {}
     if samples is None:
-        if workdir is None:
+        if run is None:
             raise InputError("Expected --workdir, got none: give a run's folder, or --fid with --samples.")
-        run = Workdir(workdir)
         pages = {"Private report": run.report, "To share": run.shareable}
         wanted = measures.Classifiers(classifiers, classifier_epochs) if classifiers else None
         fid = measures.Fid(statistics, extractor) if statistics else None
@@ -115,8 +115,7 @@ def evaluate(
                 "Expected neither --classifiers nor --holdout with --samples, got one: classifiers are trained on a "
                 "run's images, by --workdir."
             )
-        with_run = Workdir(workdir) if workdir else None
-        result = measures.evaluate_samples(samples, measures.Fid(statistics, extractor), with_run, real=real)
+        result = measures.evaluate_samples(samples, measures.Fid(statistics, extractor), run, real=real)
         text = fidelity.summary
     if speaks():
         print(json.dumps(result) if as_json else text(result))

@@ -256,15 +256,7 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     Raises:
         InputError: for a file that cannot be read, an unknown key, a wrong type or a value out of range.
     """
-    config = _defaults()
-    passed_over: list[str] = []
-    asked = [(str(file), _read_sections(Path(file))) for file in files]
-    asked.append(("the command line", read_overrides(overrides)))
-    for source, change in asked:
-        check_plain(change, source)
-        content, meaningless = reference.translate(change, source, beta_min=OmegaConf.select(config, "loss.beta_min"))
-        passed_over += meaningless
-        config = _merge(config, content, source)
+    config, passed_over = _merged(files, overrides)
     try:
         loaded: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -274,20 +266,44 @@ def load(files: Sequence[str | Path] = (), overrides: Sequence[str] = (), *, qui
     return loaded
 
 
+def values(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns what ``load`` would make a config of, by key; whether values fit each other is not looked at."""
+    return dict(leaves(OmegaConf.to_container(_merged(files, overrides)[0])))  # type: ignore[arg-type]
+
+
+def _merged(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """Returns OmegaConf's config of files and overrides, and the original's keys in them that mean nothing here."""
+    config = _defaults()
+    passed_over: list[str] = []
+    asked = [(str(file), _read_sections(Path(file))) for file in files]
+    asked.append(("the command line", read_overrides(overrides)))
+    for source, change in asked:
+        check_plain(change, source)
+        content, meaningless = reference.translate(change, source, beta_min=OmegaConf.select(config, "loss.beta_min"))
+        passed_over += meaningless
+        config = _merge(config, content, source)
+    return config, passed_over
+
+
 def load_to_train(files: Sequence[str | Path], overrides: Sequence[str]) -> Config:
     """Returns ``load(files, overrides)``; its ``dp.selection`` also names what was changed of settings with one.
 
     Where files say how their settings were chosen, that is no longer so of a key that an override changes.
     """
-    written, asked = load(files, quiet=True), load(files, overrides)
-    if written.dp.selection == Config().dp.selection or asked.dp.selection != written.dp.selection:
+    asked = load(files, overrides)
+    before, after = values(files), values(files, overrides)
+    said = before["dp.selection"]
+    if said == DPConfig.selection or asked.dp.selection != said:
         return asked
-    before, after = (dict(_settings(config)) for config in (written, asked))
-    changed = [key for key in after if after[key] != before[key] and not key.startswith("data.")]
+    changed = [k for k in after if after[k] != before[k] and not (_is_free(k) or k.startswith("data."))]
     if not changed:
         return asked
-    selection = f"{written.dp.selection}; the user changed {', '.join(changed)}, which is not accounted for"
-    return replace(asked, dp=replace(asked.dp, selection=selection))
+    return replace(asked, dp=replace(asked.dp, selection=with_changes(said, changed)))
+
+
+def with_changes(selection: str, keys: Sequence[str]) -> str:
+    """Returns ``dp.selection`` of settings of which a user changed some keys."""
+    return f"{selection}; the user changed {', '.join(keys)}, which is not accounted for"
 
 
 @functools.cache  # a merge makes a copy
@@ -327,14 +343,13 @@ def run_hash(config: Config) -> str:
     Keys that have their default are left out, so that a run goes on by a later version, which has more keys.
     """
     usual = dict(leaves(asdict(Config())))
-    return fingerprint(sorted((key, value) for key, value in _settings(config) if value != usual[key]))
+    asked = leaves(asdict(config))
+    return fingerprint(sorted((key, value) for key, value in asked if value != usual[key] and not _is_free(key)))
 
 
-def _settings(config: Config) -> Iterator[tuple[str, Any]]:
-    """Yields the keys that may not change when a run goes on, with their values."""
-    for key, value in leaves(asdict(config)):
-        if key not in FREE_KEYS and key.partition(".")[0] not in FREE_SECTIONS:
-            yield key, value
+def _is_free(key: str) -> bool:
+    """Whether a key may change while a run is under way."""
+    return key in FREE_KEYS or key.partition(".")[0] in FREE_SECTIONS
 
 
 def resolve(config: Config, archive: ImageArchive) -> Config:

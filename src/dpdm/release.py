@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -332,10 +332,8 @@ def config_to_draw(own: Path, files: Sequence[str], overrides: Sequence[str]) ->
     Raises:
         InputError: if that would make another model of its weights, or an override means nothing in drawing.
     """
-    theirs, filed, asked = (
-        dict(configs.leaves(asdict(configs.load([own, *more], words, quiet=True))))
-        for more, words in (((), ()), (files, ()), (files, overrides))
-    )
+    theirs, filed = configs.values([own]), configs.values([own, *files])
+    asked = configs.values([own, *files], overrides)
     for key, value in asked.items():
         if value != filed[key] and key != "model.ckpt" and key.partition(".")[0] not in ("sampler", "setup"):
             raise InputError(f"Expected keys of sampler and setup for {own.parent}, got {key}={value}: leave it out.")

@@ -200,7 +200,7 @@ def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
         o.partition("=")[0] for o in request.overrides if not o.startswith(("sampler.", "setup.", "dp.selection"))
     ]
     if changed:
-        selection = f"{SELECTION.format(unit=unit)}; the user changed {', '.join(changed)}, which is not accounted for"
+        selection = configs.with_changes(SELECTION.format(unit=unit), changed)
         values.append(f"dp.selection={json.dumps(selection)}")
     config = configs.load([], [*values, *request.overrides])
     path = str(workdir.train_archive)
