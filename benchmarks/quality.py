@@ -54,9 +54,9 @@ from dpdm.evaluation.copies import find_copies
 from dpdm.evaluation.downstream import PROTOCOLS, RECIPES, accuracy_on_test, train_classifier
 from dpdm.evaluation.features import Extractor, train_feature_extractor
 from dpdm.evaluation.fid import Images, Statistics, fid, pooled_features
-from dpdm.evaluation.inception import DEFAULT_CACHE, INCEPTION_FILE, open_extractor
+from dpdm.evaluation.inception import INCEPTION_FILE, open_extractor
 from dpdm.evaluation.quality import precision_recall
-from dpdm.fetching import file_sha256
+from dpdm.fetching import DEFAULT_CACHE, file_sha256
 from dpdm.fidelity import COMPARED, NOTE
 from dpdm.files import atomic_path, write_json
 from dpdm.generate import draw_some

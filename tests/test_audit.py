@@ -377,6 +377,13 @@ def test_smaller_errors_are_found_by_more_trials(
     assert found.is_violation
 
 
+@pytest.mark.parametrize("override", ["dp.noise_multiplier=2", "dp={noise_multiplier: 2}"])
+def test_a_run_s_own_target_is_taken_however_it_is_written(override: str) -> None:
+    found = run_audit.default_run_config([override]).dp
+    assert (found.epsilon, found.noise_multiplier) == (None, 2.0)
+    assert run_audit.default_run_config([]).dp.epsilon == 10.0
+
+
 @pytest.mark.slow
 def test_one_run_on_the_digits_proves_a_fifth_of_the_claim() -> None:
     found = audit_run(run_audit.default_run_config(["setup.num_threads=1"]), num_canaries=1000, confidence=0.95)

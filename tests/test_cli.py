@@ -1,12 +1,15 @@
 """The command line as a clumsy user meets it: one clear line, the right exit status, nothing half-written."""
 
 import errno
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ from safetensors import SafetensorError
 from dpdm import checkpoint, workdir
 from dpdm.cli import run_command
 from dpdm.errors import InputError
+from dpdm.privacy.accounting import Mechanism, epsilon_spent
 from dpdm.privacy.ledger import Ledger
 
 TINY = [
@@ -167,6 +171,15 @@ def test_account_refuses(extra: str, hint: str, refused: Callable[..., str]) -> 
     assert hint in refused("account", "--dataset-size", 1000, "--batch-size", 100, *extra.split())
 
 
+def test_account_counts_all_that_a_warm_up_buys(capfd: Capture) -> None:
+    plan = "--dataset-size 60000 --batch-size 4096 --iterations 730 --delta 1e-6 --noise-multiplier 9.2935 --json"
+    warmup = ("--warmup-noise-multiplier", "12.9", "--warmup-noise-multiplier", "10.1")
+    assert run_command(["account", *list(plan.split()), *warmup]) == 0
+    bought = [Mechanism("means", 1.0, 12.9, 1), Mechanism("covariances", 1.0, 10.1, 1)]
+    bought.append(Mechanism("DP-SGD", 4096 / 60000, 9.2935, 730))
+    assert json.loads(capfd.readouterr().out)["epsilon"] == epsilon_spent(bought, 1e-6)
+
+
 def test_account_warns_of_a_large_delta(capfd: Capture) -> None:
     line = "account --dataset-size 1000 --batch-size 100 --iterations 1 --noise-multiplier 2 --delta 0.0005"
     assert run_command(list(line.split())) == 0
@@ -184,6 +197,9 @@ def test_account_totals_ledgers_and_statements(run: Path, capfd: Capture, refuse
     assert run_command(["release", "--workdir", str(run)]) == 0
     statement = str(run / "release" / "privacy.json")
     assert total(ledger) == total(statement) < total(ledger, statement) <= 2 * total(ledger)
+    for same in ((ledger, statement), (ledger, ledger), (statement, statement)):
+        assert run_command(["account", *(word for file in same for word in ("--compose", file))]) == 0
+        assert f"{same[0]} and {same[1]} say the same: if they are of one run" in capfd.readouterr().err
     assert "privacy.json" in refused("account", "--compose", run / "config.yaml")
     assert "none" in refused("account", "--compose", run / "nothing")
     assert "--compose alone" in refused("account", "--compose", run / "config.yaml", "--epsilon", "5")
@@ -482,6 +498,37 @@ def test_ctrl_c_saves_and_a_second_run_is_kept_out(images: Path, tmp_path: Path,
     assert run_command(["train", "--resume", "--workdir", str(run)]) == 0
     state, _ = checkpoint.load(run / "private" / "checkpoint.safetensors")
     assert state.step == Ledger(ledger).spent("DP-SGD") == steps
+
+
+def test_the_end_of_the_terminal_saves(images: Path, tmp_path: Path) -> None:
+    """Whoever closes it, or whose connection breaks: nobody hears the run, and it saves all the same."""
+    run, steps = tmp_path / "w", 2000
+    keys = [f"data.path={images}", *TINY, f"train.num_iterations={steps}", "train.checkpoint_every=10000"]
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dpdm", "train", "--workdir", str(run), "--", *keys],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    ledger = run / "private" / "ledger.jsonl"
+    deadline = time.monotonic() + 60
+    try:
+        while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            if select.select([master], [], [], 0.01)[0]:
+                os.read(master, 2**16)
+        os.close(master)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    state, _ = checkpoint.load(run / "private" / "checkpoint.safetensors")
+    assert 3 <= state.step == Ledger(ledger).spent("DP-SGD") < steps
 
 
 def test_verify_of_a_changed_release(run: Path, refused: Callable[..., str], capfd: Capture) -> None:

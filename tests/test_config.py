@@ -80,6 +80,23 @@ def test_a_key_that_a_later_version_adds_does_not_change_the_hash(monkeypatch: p
     assert configs.run_hash(configs.load([], ["train.num_iterations=10"])) != before
 
 
+def test_a_model_that_never_learned_to_be_guided_is_not_guided() -> None:
+    words = ["loss.label_dropout=0", "sampler.guidance_scale=2"]
+    with pytest.raises(InputError, match=r"sampler\.guidance_scale=0 with loss\.label_dropout=0, got 2"):
+        configs.check_guidance(configs.load([], words))
+    for fitting in (words[:1], words[1:]):
+        configs.check_guidance(configs.load([], fitting))
+
+
+def test_settings_that_differ_are_those_of_which_a_choice_tells() -> None:
+    recipe = ["optim.learning_rate=2e-3", "dp.selection=by a recipe"]
+    free = ["train.checkpoint_every=7", "test.seed=1", "setup.num_threads=1", "data.name=x", "dp.selection=else"]
+    same, other = ["optim.learning_rate=0.002"], ["optim={learning_rate: 3e-3}"]
+    before = configs.values([], recipe)
+    assert configs.changed_settings(before, configs.values([], [*recipe, *free, *same])) == []
+    assert configs.changed_settings(before, configs.values([], [*recipe, *other])) == ["optim.learning_rate"]
+
+
 def test_a_key_that_changes_a_chosen_setting_is_named(tmp_path: Path) -> None:
     """A statement would say else that all settings are a recipe's."""
     (tmp_path / "recipe.yaml").write_text("dp: {selection: by a recipe}\noptim: {learning_rate: 0.002}\n")
@@ -91,6 +108,13 @@ def test_a_key_that_changes_a_chosen_setting_is_named(tmp_path: Path) -> None:
         "by a recipe; the user changed loss.noise_multiplicity, optim.learning_rate, which is not accounted for"
     )
     assert found.optim.learning_rate == 7e-3
+    (tmp_path / "mine.yaml").write_text("optim: {learning_rate: 0.007}\nloss: {noise_multiplicity: 2}\n")
+    assert configs.load_to_train([file, tmp_path / "mine.yaml"], free[:-1]).dp.selection == found.dp.selection
+    assert configs.load_to_train([tmp_path / "mine.yaml", file], ["loss.noise_multiplicity=2"]).dp.selection == (
+        "by a recipe"
+    )
+    begun = configs.load_to_train([file], ["model.init=mnist_eps_1.0"]).dp.selection
+    assert begun == "by a recipe; the user changed model.init, which is not accounted for"
     own = configs.load_to_train([file], ["optim.learning_rate=7e-3", "dp.selection=by eye"])
     assert own.dp.selection == "by eye"
     file.write_text("dp: {selection: by a recipe}\nsampler: {type: edm, stochastic: true}\n")  # which alone do not fit

@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from dpdm import config as configs
 from dpdm.data.archive import ArchiveWriter, ImageArchive
 from dpdm.errors import InputError
-from dpdm.evaluate import Classifiers, ImageSet, evaluate, read_set, read_synthetic, sections, spending, summary
+from dpdm.evaluate import (
+    Classifiers,
+    ImageSet,
+    evaluate,
+    evaluate_run,
+    read_set,
+    read_synthetic,
+    sections,
+    spending,
+    summary,
+)
 from dpdm.privacy.accounting import Mechanism, epsilon_spent
 from dpdm.workdir import Workdir
 
@@ -115,6 +126,31 @@ def test_a_large_set_is_thinned_evenly(real: ImageArchive, monkeypatch: pytest.M
     thinned = read_set("real", real)
     assert thinned.labels is not None
     assert np.array_equal(thinned.images, real.read([0, 49, 99, 149, 199]))
+
+
+def test_however_many_images_were_drawn_so_many_are_in_memory(
+    real: ImageArchive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpdm.evaluate.LARGEST_SET", 5)
+    workdir = Workdir(tmp_path / "w")
+    archive(workdir.synthetic, read_set("real", real))
+    assert len(read_synthetic(workdir, configs.load([], ["data.num_classes=2"])).images) == 5
+    assert read_synthetic(workdir, configs.load([], ["data.num_classes=0"])).labels is None
+
+
+def test_to_measure_a_run_prepares_and_removes_nothing(tmp_path: Path) -> None:
+    """It has not the lock, and what it would prepare need not be what the run learned from."""
+    workdir = Workdir(tmp_path / "w")
+    archive(workdir.synthetic, stripes(20, seed=1))
+    archive(workdir.train_archive, stripes(20, seed=2))  # of a run that is about to begin: there is no ledger yet
+    configs.save(configs.load([], ["data.path=digits"]), workdir.config)
+    before = workdir.train_archive.read_bytes()
+    evaluate_run(workdir)
+    assert workdir.train_archive.read_bytes() == before
+    workdir.train_archive.unlink()
+    with pytest.raises(InputError, match="digits"):
+        evaluate_run(workdir)
+    assert not workdir.train_archive.exists()
 
 
 def test_spending_rises_to_what_the_statement_says() -> None:

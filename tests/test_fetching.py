@@ -2,6 +2,7 @@
 
 import hashlib
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpdm import fetching
 from dpdm.errors import RunError
 from dpdm.fetching import fetch_file
 
@@ -86,6 +88,27 @@ def test_no_right_mirror_is_one_line_and_no_file(mirrors: Mirrors, tmp_path: Pat
     for part in (*urls, "refused", "Not Found", f"expected SHA256 {SHA256}", "got more", "put it there yourself."):
         assert part in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "failure", [ssl.SSLError(1, "EOF occurred in violation of protocol"), TimeoutError("too slow")]
+)
+def test_a_connection_that_breaks_is_one_mirror_s_failure(
+    mirrors: Mirrors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: OSError
+) -> None:
+    """Whatever kind of OSError it is: the disk has nothing to do with it, and the next mirror is tried."""
+    download = fetching._download
+
+    def breaks(url: str, path: Path, max_bytes: int) -> None:
+        if "/short/" in url:
+            raise failure
+        download(url, path, max_bytes)
+
+    monkeypatch.setattr(fetching, "_download", breaks)
+    assert fetch(tmp_path / "file.pt", mirrors.urls("short", "good")).read_bytes() == CONTENT
+    with pytest.raises(RunError) as raised:
+        fetch(tmp_path / "other.pt", mirrors.urls("short"))
+    assert f"short/file.pt: {failure.args[-1]}" in str(raised.value).replace("[SSL] ", "")
 
 
 def test_a_cache_that_cannot_be_written_is_named(mirrors: Mirrors, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     ("statement",),
     ("announcement", "monitor", "released_files", "own_statement", "model_cards"),
     ("generate", "run", "fidelity"),
-    ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial", "physical_batch", "recorded"),
+    ("checkpoint", "reference_checkpoint", "warmup", "plan", "initial", "physical_batch", "recorded", "idle_keys"),
     ("account", "central_model", "config", "launch", "options", "recipes"),
     ROOMS,
     (
@@ -40,6 +40,7 @@ LAYERS = (
         "published_words",
         "optimizer",
         "pretrained",
+        "signals",
         "foreign_pickles",
         "files",
         "untrusted",

@@ -71,6 +71,28 @@ def source_of(release: Path) -> dict[str, Any]:
 # Where weights may be from
 
 
+@pytest.mark.parametrize(
+    ("denoiser", "key", "refused"),
+    [
+        ("edm", "loss.sigma_data=0.2", True),
+        ("edm", "loss.beta_d=12", False),
+        ("vp", "loss.beta_d=12", True),
+        ("vp", "loss.beta_min=0.3", True),
+        ("vp", "loss.sigma_data=0.2", False),
+    ],
+)
+def test_weights_are_not_taken_for_another_preconditioning(
+    tmp_path: Path, denoiser: str, key: str, refused: bool
+) -> None:
+    release = make_public_release(tmp_path / "public", [f"model.denoiser={denoiser}"])
+    config = make_config([f"model.init={release}", f"model.denoiser={denoiser}", key])
+    if refused:
+        with pytest.raises(InputError, match=f"Expected {key.partition('=')[0]}=.* as the release in"):
+            open_initial(config)
+    else:
+        assert open_initial(config).weights
+
+
 def test_private_images_are_not_trained_on_without_privacy(archive: Path, tmp_path: Path, capfd: Capture) -> None:
     """The plain command, without a word on who may see the images."""
     keys = [*KEYS, *PUBLIC_KEYS[1:], f"data.path={archive}"]

@@ -37,6 +37,7 @@ def test_the_command_line_is_obeyed(gpus) -> None:
     gpus(4)
     assert wanted("setup.n_gpus_per_node=2") == 2
     assert wanted("setup.n_gpus_per_node=6", "setup.device=cpu") == 6
+    assert wanted("setup={n_gpus_per_node: 2, device: cpu}") == 2
     with pytest.raises(InputError, match=r"n_gpus_per_node <= 4, the GPUs of this machine, got 5"):
         wanted("setup.n_gpus_per_node=5")
 

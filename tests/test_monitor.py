@@ -56,6 +56,10 @@ def test_figures_come_every_so_many_steps_and_say_that_they_are_private(begin, c
     assert [bool(text) for text in shown] == [False, False, False, True, False, True]
     # The mean since the last look, without the empty batch's NaN.
     assert shown[5] == "Step 6 (private figures): loss 3, 50 % of gradients clipped\n"
+    for lost, told in ((0.0, ""), (3.0, ", 1.5 of them in a step infinite or NaN, which count as 0")):
+        state.curves["num_nonfinite"] = [0.0, 0.0, 0.0, 0.0, 0.0, lost]
+        monitor.look(state)
+        assert capsys.readouterr().err == f"Step 6 (private figures): loss 3, 50 % of gradients clipped{told}\n"
 
 
 def test_nothing_is_due_unless_asked_for(begin, capsys) -> None:

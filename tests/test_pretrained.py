@@ -6,15 +6,18 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.made_release import make_release
+from tests.made_release import make_config, make_release
 
 import dpdm
+from dpdm import config as configs
 from dpdm import pretrained
 from dpdm.cli import run_command
 from dpdm.errors import InputError
+from dpdm.initial import open_initial
 from dpdm.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +127,36 @@ def test_it_is_verified_by_name_and_by_path(shipped: Path, capsys: pytest.Captur
     for given in ([], [str(shipped / "squares_eps_1.0"), "--pretrained", "squares_eps_1.0"]):
         assert run_command(["verify", *given]) == 2
         assert "Expected RELEASE or --pretrained NAME, got both or neither" in capsys.readouterr().err
+
+
+def test_from_python_images_are_those_that_sample_draws(shipped: Path, tmp_path: Path) -> None:
+    keys = ["sampler.num_images=5", "sampler.seed=3", "sampler.num_steps=4", "setup.device=cpu"]
+    images, labels = dpdm.draw_images("squares_eps_1.0", *keys)
+    assert labels is not None
+    out = tmp_path / "out"
+    command = ["sample", "--pretrained", "squares_eps_1.0", "--workdir", str(out), "--", *keys, "sampler.output=npz"]
+    assert run_command(command) == 0
+    with np.load(out / "samples" / "images.npz") as drawn:
+        assert any(np.array_equal(images, drawn[name].reshape(images.shape)) for name in drawn.files)
+        assert any(np.array_equal(labels, drawn[name]) for name in drawn.files)
+    with pytest.raises(InputError, match="keys of sampler and setup"):
+        dpdm.draw_images("squares_eps_1.0", "train.seed=1")
+    with pytest.raises(InputError, match="Expected a release at nowhere"):
+        dpdm.draw_images("nowhere")
+
+
+def test_a_config_of_another_model_is_refused_from_python_too(shipped: Path) -> None:
+    config = configs.load([shipped / "squares_eps_1.0" / "config.json"], ["loss.sigma_data=0.3"])
+    with pytest.raises(
+        InputError, match=r"Expected loss\.sigma_data=0\.577.* as the release in .*squares_eps_1\.0 has"
+    ):
+        dpdm.load_denoiser("squares_eps_1.0", config)
+
+
+def test_training_begins_with_one_by_its_name(shipped: Path) -> None:
+    names = ("squares_eps_1.0", shipped / "squares_eps_1.0")
+    by_name, by_path = (open_initial(make_config([f"model.init={name}"])) for name in names)
+    assert by_name.sources == by_path.sources
 
 
 def test_a_name_loads_the_denoiser_and_a_path_of_that_name_wins(shipped: Path) -> None:

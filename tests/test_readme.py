@@ -79,4 +79,5 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert code is not None
     values: dict[str, object] = {}
     exec(code.group(1), values)  # the README's own text
-    assert values["images"].shape == (10, 1, 8, 8)  # type: ignore[attr-defined]
+    for name in ("images", "denoised"):
+        assert values[name].shape == (10, 1, 8, 8)  # type: ignore[attr-defined]

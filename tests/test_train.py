@@ -122,7 +122,7 @@ def test_a_run_that_died_and_went_on_ends_bit_for_bit_the_same(
     assert Ledger(workdir.ledger).spent("central images") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_warm_up_stops_when_it_is_asked_to(
     archive: Path,
     tmp_path: Path,
@@ -152,6 +152,25 @@ def test_a_warm_up_stops_when_it_is_asked_to(
     _, state = train(seeded, workdir, resume=True)
     assert state.digest() == uninterrupted.digest()
     assert Ledger(workdir.ledger).spent("central images") == 1
+
+
+def test_who_buys_noise_alone_is_told_so(archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Images at noise levels that no float holds; what a step then buys is noise, and that is private."""
+    words = ["train.warmup.enabled=false", "train.log_every=1"]
+    train(tiny(archive, "loss.p_mean=60", *words), Workdir(tmp_path / "w"))
+    told = capfd.readouterr().err
+    assert told.count("all gradients are infinite or NaN, so that it adds noise alone (a private figure)") == 1
+    assert "of them in a step infinite or NaN" in told
+    train(tiny(archive, *words), Workdir(tmp_path / "good"))
+    assert "infinite" not in capfd.readouterr().err
+
+
+def test_a_warm_up_that_diverges_ends_before_steps_are_bought(archive: Path, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    with pytest.raises(DivergedError, match=r"warm-up.*train\.warmup\.learning_rate"):
+        train(tiny(archive, "loss.p_mean=60"), workdir)
+    assert Ledger(workdir.ledger).spent("central images") == 1
+    assert spent(workdir) == 0
 
 
 @pytest.mark.parametrize("key", ["setup.data_on_device=true", "setup.overlap_noise=true"])
@@ -453,7 +472,9 @@ def test_a_physical_batch_from_a_larger_machine_is_cut_to_the_memory() -> None:
 
     assert size(4) == size(80) == 12  # by rule: 100,352 pixels a pass
     assert size(4, "train.physical_batch_size=512") == 12
-    assert size(24, "train.physical_batch_size=512") == 6 * 12
+    assert size(24, "train.physical_batch_size=512") == 73  # six such passes
+    assert size(24, "train.physical_batch_size=512", "data.resolution=128") == 4  # where one example fills a pass
+    assert size(4, "data.resolution=128") == 1
     assert size(80, "train.physical_batch_size=7") == 7
     assert size(80, "train.physical_batch_size=2000", "train.n_splits=16") == 128
 

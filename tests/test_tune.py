@@ -35,6 +35,18 @@ def test_the_recipe_is_printed_as_yaml_that_train_takes(tmp_path: Path, capfd: p
     assert "no image was read" in text
 
 
+def test_with_unit_group_it_is_the_recipe_for_persons(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["tune", *MNIST, "--delta", "1e-5", "--unit", "group"]) == 0
+    text = capfd.readouterr().out
+    assert "# The recipe for 60000 groups" in text
+    (tmp_path / "found.yaml").write_text(text)
+    loaded = configs.load([tmp_path / "found.yaml"])
+    assert loaded.data.unit == "group"
+    assert "from the number of groups" in loaded.dp.selection
+    assert run_command(["tune", "digits", "--dataset-size", "500", "--epsilon", "1", "--unit", "group"]) == 2
+    assert "Expected no --unit with SOURCE" in capfd.readouterr().err
+
+
 def test_it_can_be_written_to_a_new_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.yaml"
     assert run_command(["tune", *MNIST, "--yaml", str(path)]) == 0

@@ -4,16 +4,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpdm.release import load_denoiser
+    from dpdm.release import draw_images, load_denoiser
 
 __version__ = version("dpdm")
-__all__ = ["__version__", "load_denoiser"]
+__all__ = ["__version__", "draw_images", "load_denoiser"]
 
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; ``dpdm account`` and ``dpdm --help`` need none of it.
-    if name == "load_denoiser":
-        from dpdm.release import load_denoiser
+    if name in ("draw_images", "load_denoiser"):
+        from dpdm import release
 
-        return load_denoiser
+        return getattr(release, name)
     raise AttributeError(f"module 'dpdm' has no attribute {name!r}")

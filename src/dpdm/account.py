@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from dpdm.evaluation.guarantee import UNITS
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism, Spend, parts, spend_from
 from dpdm.privacy.ledger import Ledger
-from dpdm.untrusted import parse_json, read_bytes
+from dpdm.untrusted import MAX_WORDS_BYTES, parse_json, read_bytes
 
 # Beyond these the accountant needs minutes and gigabytes for an answer that means nothing: an epsilon of 100 promises
 # no more than an epsilon of 1000, and one below 0.001 is less than the accountant resolves.
@@ -20,7 +21,6 @@ EPSILON_RANGE = (1e-3, 100.0)
 NOISE_MULTIPLIER_RANGE = (accounting.SMALLEST_NOISE_MULTIPLIER, 1e5)
 LARGEST_STEPS = 10**6
 LARGEST_DATASET = 10**10
-MAX_STATEMENT_BYTES = 2**20
 PRIVATE_RELEASE = "private release"  # as ``initial.Source.kind``
 MAX_MECHANISMS = 100  # in one total; a run has four at most
 PUBLIC = (
@@ -38,7 +38,7 @@ class Question:
         epochs, iterations: exactly one of the two.
         epsilon, noise_multiplier: exactly one of the two; the other one is the answer.
         delta: None: the power of ten at or below min(1e-5, 1/(10 N)).
-        warmup_noise_multiplier: of central images that are bought beside; None: none are.
+        warmup_noise_multiplier: of what a warm-up buys beside: central images, covariances, cells.
     """
 
     dataset_size: int | None
@@ -48,7 +48,7 @@ class Question:
     epsilon: float | None
     noise_multiplier: float | None
     delta: float | None
-    warmup_noise_multiplier: float | None
+    warmup_noise_multiplier: tuple[float, ...]
 
 
 def answer(question: Question) -> dict[str, Any]:
@@ -78,9 +78,9 @@ def answer(question: Question) -> dict[str, Any]:
         steps = steps_of("--epochs", question.epochs or 0.0, size, batch)
     check_steps(steps, "--iterations")
     others = []
-    if question.warmup_noise_multiplier is not None:
-        check_noise_multiplier(question.warmup_noise_multiplier, "--warmup-noise-multiplier")
-        others.append(Mechanism("central images", 1.0, question.warmup_noise_multiplier, 1))
+    for warmup in question.warmup_noise_multiplier:
+        check_noise_multiplier(warmup, "--warmup-noise-multiplier")
+        others.append(Mechanism("warm-up", 1.0, warmup, 1))
     noise_multiplier = question.noise_multiplier
     if noise_multiplier is None:
         assert question.epsilon is not None  # exactly one of the two is given
@@ -98,71 +98,95 @@ def answer(question: Question) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Total:
+    """What one file says: of a run its ledger, or its statement.
+
+    Attributes:
+        name: of a ledger that of its key, of a statement the hash of its weights.
+        spends: what was bought.
+        delta: at which epsilon was promised.
+        dataset_size: N.
+        persons: whether they are protected, not images.
+        begun: hashes of the private releases with whose weights the run began.
+    """
+
+    name: str
+    spends: list[Spend]
+    delta: float
+    dataset_size: int
+    persons: bool
+    begun: list[str]
+
+
 def compose(files: Sequence[Path], delta: float | None) -> dict[str, Any]:
     """Returns the total of several ledgers (.jsonl) and statements (privacy.json), at the largest of their deltas.
 
-    Warns of a private release that a run began with, if it is not among them.
+    Warns of a private release that a run began with, if it is not among them, and of files that say the same.
 
     Raises:
         InputError: naming the file that is neither, or a public model's; or if some protect images and others persons:
             the epsilon of one is none of the other.
         RunError: if a ledger is damaged.
     """
-    mechanisms: list[Spend] = []
-    deltas = [] if delta is None else [delta]
-    persons: set[bool] = set()
-    sizes: list[int] = []
-    named: set[str] = set()  # weights in the files
-    begun: dict[str, Path] = {}  # private releases with whose weights a run began
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"Expected a ledger or a statement at {file}, found none: check --compose.")
-        try:
-            if file.suffix == ".jsonl":
-                ledger = Ledger(file)
-                if ledger.header["plan"]["noise_multiplier"] == 0:
-                    raise InputError(PUBLIC.format(file=file))
-                mechanisms += ledger.mechanisms()
-                plan, sources = ledger.header["plan"], ledger.header.get("initial_weights", [])
-                deltas.append(float(plan["delta"]))
-                sizes.append(int(plan["dataset_size"]))
-                persons.add(plan.get("unit", "image") == "group")
-            else:
-                statement = parse_json(read_bytes(file.resolve(), MAX_STATEMENT_BYTES))
-                if not statement["mechanisms"] and "public_images" in statement:
-                    raise InputError(PUBLIC.format(file=file))
-                if not statement["mechanisms"]:  # of converted weights
-                    raise ValueError("one without mechanisms: what its weights give away is unknown")
-                mechanisms += [_spend(entry) for entry in statement["mechanisms"]]
-                sources = statement.get("initial_weights", [])
-                deltas.append(float(statement["delta"]))
-                if type(statement["dataset_size"]) is not int or not 1 <= statement["dataset_size"] <= LARGEST_DATASET:
-                    raise ValueError(f"dataset_size {statement['dataset_size']}")
-                sizes.append(statement["dataset_size"])
-                persons.add(statement["unit"] == UNITS["group"])
-                named.add(statement["files"]["model.safetensors"])
-            begun |= {source["sha256"]: file for source in sources if source["kind"] == PRIVATE_RELEASE}
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"Expected a ledger (.jsonl) or a privacy.json in {file}, got {error!r}.") from None
-    if len(persons) > 1:
+    totals = [_read(file) for file in files]
+    if len({total.persons for total in totals}) > 1:
         raise InputError("Expected runs that protect the same, got images in some and persons in others: add up each.")
-    delta = delta if delta is not None else max(deltas)
-    if warning := accounting.check_delta_for(delta, max(sizes), "group" if True in persons else "image"):
-        print(f"dpdm: warning: {warning}", file=sys.stderr)
+    delta = delta if delta is not None else max(total.delta for total in totals)
+    size, unit = max(total.dataset_size for total in totals), "group" if totals[0].persons else "image"
+    warnings = [accounting.check_delta_for(delta, size, unit) or ""]
+    mechanisms = [spend for total in totals for spend in total.spends]
     if len(parts(mechanisms)) > MAX_MECHANISMS:
         raise InputError(f"Expected at most {MAX_MECHANISMS} mechanisms in a total, got {len(parts(mechanisms))}.")
     for mechanism in parts(mechanisms):
         check_noise_multiplier(mechanism.noise_multiplier, f"noise_multiplier of {mechanism.name}")
     check_worth(mechanisms, delta)
-    for missing in begun.keys() - named:
-        print(
-            f"dpdm: warning: the run of {begun[missing]} began with a private release whose statement is not among the "
-            "files: if that was trained on the same images, add it.",
-            file=sys.stderr,
-        )
+    begun = {name: file for file, total in zip(files, totals, strict=True) for name in total.begun}
+    warnings += [
+        f"the run of {begun[missing]} began with a private release whose statement is not among the files: if that was "
+        "trained on the same images, add it."
+        for missing in begun.keys() - {total.name for total in totals}
+    ]
+    warnings += [
+        f"{files[first]} and {files[second]} say the same: if they are of one run, give one of them; here both count."
+        for first, second in combinations(range(len(files)), 2)
+        if totals[first].name == totals[second].name
+        or (totals[first].spends == totals[second].spends and (files[first].suffix != files[second].suffix))
+    ]
+    for warning in filter(None, warnings):
+        print(f"dpdm: warning: {warning}", file=sys.stderr)
     return {"epsilon": accounting.epsilon_spent(mechanisms, delta), "delta": delta, "num_runs": len(files)}
+
+
+def _read(file: Path) -> _Total:
+    """Returns what a ledger or a statement says; raises as ``compose`` does."""
+    if not file.is_file():
+        raise InputError(f"Expected a ledger or a statement at {file}, found none: check --compose.")
+    try:
+        if file.suffix == ".jsonl":
+            ledger = Ledger(file)
+            plan, sources = ledger.header["plan"], ledger.header.get("initial_weights", [])
+            if plan["noise_multiplier"] == 0:
+                raise InputError(PUBLIC.format(file=file))
+            name, spends = str(ledger.header.get("key", file)), ledger.mechanisms()
+            delta, size, persons = plan["delta"], int(plan["dataset_size"]), plan.get("unit", "image") == "group"
+        else:
+            statement = parse_json(read_bytes(file.resolve(), MAX_WORDS_BYTES))
+            if not statement["mechanisms"] and "public_images" in statement:
+                raise InputError(PUBLIC.format(file=file))
+            if not statement["mechanisms"]:  # of converted weights
+                raise ValueError("one without mechanisms: what its weights give away is unknown")
+            name, sources = str(statement["files"]["model.safetensors"]), statement.get("initial_weights", [])
+            spends = [_spend(entry) for entry in statement["mechanisms"]]
+            delta, size, persons = statement["delta"], statement["dataset_size"], statement["unit"] == UNITS["group"]
+            if type(size) is not int or not 1 <= size <= LARGEST_DATASET:
+                raise ValueError(f"dataset_size {size}")
+        begun = [source["sha256"] for source in sources if source["kind"] == PRIVATE_RELEASE]
+        return _Total(name, spends, float(delta), size, persons, begun)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"Expected a ledger (.jsonl) or a privacy.json in {file}, got {error!r}.") from None
 
 
 def _spend(entry: dict[str, Any]) -> Spend:
@@ -189,7 +213,7 @@ def check_target(
         low, high = EPSILON_RANGE
         if not low <= epsilon <= high:
             raise InputError(
-                f"Expected {low:g} <= {epsilon_name} <= {high:g}, got {epsilon:g}: less than that no noise reaches, "
+                f"Expected {low:g} <= {epsilon_name} <= {high:g}, got {epsilon}: less than that no noise reaches, "
                 "more protects nobody; 1 to 10 is common."
             )
     if noise_multiplier is not None:
@@ -201,7 +225,7 @@ def check_noise_multiplier(noise_multiplier: float, name: str) -> None:
     low, high = NOISE_MULTIPLIER_RANGE
     if not low <= noise_multiplier <= high:
         raise InputError(
-            f"Expected {low:g} <= {name} <= {high:g}, got {noise_multiplier:g}: less noise protects nobody, more "
+            f"Expected {low:g} <= {name} <= {high:g}, got {noise_multiplier}: less noise protects nobody, more "
             "leaves nothing to learn."
         )
 

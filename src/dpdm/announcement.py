@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dpdm.evaluation.guarantee import round_up
+from dpdm.idle_keys import idle_keys, in_words
 from dpdm.initial import Source
 from dpdm.privacy import accounting
 from dpdm.run import Run
@@ -10,10 +11,10 @@ from dpdm.untrusted import clean
 
 
 def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
-    """Returns what will be spent, before anything is, and where the first weights are from."""
+    """Returns what will be spent, before anything is, where the first weights are from, which keys change nothing."""
     plan = run.plan
     if not plan.is_private:
-        return "\n".join([_public_announcement(run), *_beginnings(run, sources)])
+        return "\n".join([_public_announcement(run), *_alike(run, sources)])
     lines = [
         f"Privacy: at most epsilon={round_up(plan.epsilon)} at delta={plan.delta:g}, adding or removing one of "
         f"{plan.dataset_size} {plan.unit}s.",
@@ -32,7 +33,7 @@ def announcement(run: Run, sources: Sequence[Source] = ()) -> str:
             "  Warning: data.unit=image, though the images have groups: k images of one person are protected only as k "
             "images together (group_privacy in the statement); data.unit=group protects persons."
         )
-    lines += _beginnings(run, sources)
+    lines += _alike(run, sources)
     warning = accounting.check_delta_for(plan.delta, plan.dataset_size, plan.unit)
     if warning:
         lines.append(f"  Warning: {warning}")
@@ -49,8 +50,8 @@ def _public_announcement(run: Run) -> str:
     )
 
 
-def _beginnings(run: Run, sources: Sequence[Source]) -> list[str]:
-    """Returns lines on the first weights, and on how many of all are trained."""
+def _alike(run: Run, sources: Sequence[Source]) -> list[str]:
+    """Returns what is said of any run: on the first weights, how many of all are trained, keys that change nothing."""
     lines = []
     if sources:
         fresh = f", all but {', '.join(sources[0].fresh)}" if sources[0].fresh else ""
@@ -59,4 +60,6 @@ def _beginnings(run: Run, sources: Sequence[Source]) -> list[str]:
     total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     if trained < total:
         lines.append(f"  Trained are {trained} of {total} numbers; the others stay as they are.")
+    if idle := idle_keys(run.config):
+        lines.append(f"  {in_words(idle)}")
     return lines

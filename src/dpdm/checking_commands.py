@@ -265,9 +265,8 @@ def verify(
     for place, report in reports.items():
         print("\n".join([f"{place}:", *describe(report)]), file=sys.stderr)
     if found.problems:
-        guaranteed = found.statement["mechanisms"]
-        agrees = not (guaranteed or found.is_public)
-        what = "gives no verifiable guarantee" if agrees else "does not agree with its own statement"
+        claims = found.statement["mechanisms"] or found.is_public
+        what = "does not agree with its own statement" if claims else "gives no verifiable guarantee"
         raise RunError(f"{release} {what}.")
     if found.is_public and not public:
         raise RunError(f"{release} is a public model: there is no guarantee; add --public if you expect that.")

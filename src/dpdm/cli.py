@@ -82,6 +82,8 @@ def run_command(arguments: list[str]) -> int:
     except RunError as error:
         return _fail(str(error), 1)
     except OSError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # of which click tells the terminal, which is gone
+            return 130
         if error.errno == errno.ENOMEM:
             return _fail(f"Not enough memory: {MEMORY_REMEDY}. What was saved is kept.", 1)
         full = "; free some space and go on with the same command" if error.errno == errno.ENOSPC else ""

@@ -266,6 +266,7 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
     from dpdm import pretrained as releases
     from dpdm.distributed import together
     from dpdm.generate import check_empty, make_samples
+    from dpdm.idle_keys import idle_keys, in_words
     from dpdm.release import config_to_draw, load_config, load_denoiser, own_config
 
     run = Workdir(workdir)
@@ -292,6 +293,8 @@ def sample(config: tuple[str, ...], pretrained: str | None, workdir: Path, words
     count = make_samples(denoiser, asked, folder=run.samples, archive=archive)
     if speaks():
         print(f"{count} images in {run.samples}", file=sys.stderr)
+        if idle := {key: why for key, why in idle_keys(asked).items() if key.startswith("sampler.")}:
+            print(f"dpdm: {in_words(idle)}", file=sys.stderr)
         weights = asked.sampler.class_weights
         if own is not None and len(set(weights)) > 1 and weights != load_config(own.parent).sampler.class_weights:
             print(

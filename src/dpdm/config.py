@@ -45,6 +45,8 @@ BYTES_PER_WEIGHT = 4
 MAX_AVERAGES = 8
 BYTES_PER_CLASS = 24  # at most, of a class's noisy frequency in a released config
 AUTO = "auto"
+# Keys that say what the weights mean beside model.denoiser, and to which of them.
+PRECONDITIONING = {"loss.sigma_data": "edm", "loss.beta_min": "vp", "loss.beta_d": "vp"}
 
 
 @dataclass(frozen=True)
@@ -288,17 +290,48 @@ def _merged(files: Sequence[str | Path], overrides: Sequence[str]) -> tuple[Any,
 def load_to_train(files: Sequence[str | Path], overrides: Sequence[str]) -> Config:
     """Returns ``load(files, overrides)``; its ``dp.selection`` also names what was changed of settings with one.
 
-    Where files say how their settings were chosen, that is no longer so of a key that an override changes.
+    Where a file says how settings were chosen, that is no longer so of a key that a later file or an override changes.
     """
     asked = load(files, overrides)
-    before, after = values(files), values(files, overrides)
-    said = before["dp.selection"]
-    if said == DPConfig.selection or asked.dp.selection != said:
+    sets_it = ["dp.selection" in dict(leaves(_read_sections(Path(file)))) for file in files]
+    if not any(sets_it):
         return asked
-    changed = [k for k in after if after[k] != before[k] and not (_is_free(k) or k.startswith("data."))]
+    last = len(files) - sets_it[::-1].index(True)
+    before, after = values(files[:last]), values(files, overrides)
+    said = before["dp.selection"]
+    if asked.dp.selection != said:
+        return asked
+    changed = changed_settings(before, after)
     if not changed:
         return asked
     return replace(asked, dp=replace(asked.dp, selection=with_changes(said, changed)))
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of settings (not what is free, the data, dp.selection) whose ``values`` differ."""
+    others = (key for key in after if not (_is_free(key) or key.startswith("data.") or key == "dp.selection"))
+    return [key for key in (*others, "model.init") if after[key] != before[key]]
+
+
+def differing(theirs: Config, ours: Config, keys: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Returns the ``keys`` whose values differ, and both values; those of a preconditioning only where it has them."""
+    first, second = (dict(leaves(asdict(config))) for config in (theirs, ours))
+    kind = theirs.model.denoiser
+    return [
+        (key, first[key], second[key])
+        for key in keys
+        if first[key] != second[key] and PRECONDITIONING.get(key, kind) == kind
+    ]
+
+
+def check_guidance(config: Config) -> None:
+    """Raises InputError if images are to be guided by what the model never learned."""
+    if config.sampler.guidance_scale and config.loss.label_dropout == 0:
+        raise InputError(
+            f"Expected sampler.guidance_scale=0 with loss.label_dropout=0, got {config.sampler.guidance_scale}: "
+            "guidance leads away from what a model draws that is not told the class, which this one never learned; "
+            "train with loss.label_dropout=0.1."
+        )
 
 
 def with_changes(selection: str, keys: Sequence[str]) -> str:
@@ -382,6 +415,7 @@ def resolve(config: Config, archive: ImageArchive) -> Config:
         raise InputError(
             f"Expected sampler.guidance_scale=0 without classes, got {config.sampler.guidance_scale}: leave it out."
         )
+    check_guidance(config)
     names = tuple(archive.class_names or ()) if num_classes else ()
     check_plain(list(names), str(archive.path), "class_names")
     if data.class_names not in ((), names):

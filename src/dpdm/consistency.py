@@ -19,14 +19,12 @@ from dpdm.published_words import check_words
 from dpdm.released_files import (
     ALLOWED,
     CONVERTED_SECTIONS,
-    MAX_WEIGHTS_BYTES,
-    MAX_WORDS_BYTES,
     check_weights,
     read_json,
     redacted,
     sha256,
 )
-from dpdm.untrusted import clean, read_bytes
+from dpdm.untrusted import MAX_WEIGHTS_BYTES, MAX_WORDS_BYTES, clean, read_bytes
 
 NAMES_SHOWN = 20
 

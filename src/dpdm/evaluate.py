@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from dpdm.errors import InputError
 from dpdm.evaluation.classifiers import Accuracy, logistic_regression_accuracy, majority_accuracy
 from dpdm.evaluation.downstream import PROTOCOLS, accuracy_on_test, train_classifier
 from dpdm.evaluation.features import Extractor, extract, pixel_extractor, train_feature_extractor, within_class_variance
-from dpdm.evaluation.fid import Images
 from dpdm.evaluation.frechet import feature_statistics, frechet_distance
 from dpdm.evaluation.guarantee import Guarantee
 from dpdm.evaluation.report import (
@@ -35,7 +34,6 @@ from dpdm.generate import denoiser_with, draw
 from dpdm.privacy import accounting
 from dpdm.privacy.accounting import Mechanism, spend_from
 from dpdm.release import sampling_config
-from dpdm.run import open_archive
 from dpdm.workdir import Workdir
 
 LARGEST_SET = 65_000  # images of one kind that are measured: the paper trains on 60,000, and 5,000 are held out
@@ -89,7 +87,7 @@ def evaluate_run(
             _check_classifiers(synthetic, training, held_out)  # before FID, which takes its time
     found = None
     if fid is not None:
-        images = Images.of("synthetic", synthetic.images)
+        images = fidelity.archive_images("synthetic", ImageArchive(workdir.synthetic))
         found = fidelity.measure(fid.statistics, images, fidelity.archive_images("real", training), fid.extractor)
 
     def measure() -> dict[str, Any]:
@@ -117,7 +115,8 @@ def _training_images(real: Path | None, workdir: Workdir | None) -> ImageArchive
         raise InputError(f"Expected a run in {workdir.root}, found none: check --workdir.")
     if real is not None or workdir is None:
         return ImageArchive(Path(real or ""))
-    return open_archive(configs.load([workdir.config]), workdir)
+    config, own = configs.load([workdir.config]), workdir.train_archive
+    return ImageArchive(own if own.exists() else Path(config.data.path or ""), config.data.unit)
 
 
 def evaluate(
@@ -156,21 +155,21 @@ def evaluate(
     if warmup is not None:
         sets.append(warmup)
     labelled = synthetic.labels is not None and train_set.labels is not None
-    extractor = _extractor(train_set, real.num_classes if labelled else 0)
+    extractor = extractor_for(train_set, real.num_classes if labelled else 0)
     target = feature_statistics(extract(extractor, train_set.images))
     result: dict[str, Any] = {
         "note": "computed on private images without noise: outside the guarantee, not to be shared",
         "extractor": extractor.name,
         "num_synthetic": len(synthetic.images),
         "num_real": len(train_set.images),
-        "frechet": {s.name: _distance(extractor, s, target) for s in sets},
+        "frechet": {s.name: distance(extractor, s, target) for s in sets},
         "variance_share": {s.name: _variance(s, labelled) / max(_variance(train_set, labelled), 1e-12) for s in sets},
     }
     if test_set is not None:
         result["num_holdout"] = len(test_set.images)
-        result["frechet"][test_set.name] = _distance(extractor, test_set, target)
+        result["frechet"][test_set.name] = distance(extractor, test_set, target)
     if labelled and test_set is not None:
-        result["accuracy"] = {s.name: asdict(_accuracy(s, test_set)) for s in [*sets, train_set]}
+        result["accuracy"] = {s.name: asdict(accuracy(s, test_set)) for s in [*sets, train_set]}
         result["accuracy"]["majority class"] = asdict(majority_accuracy(_labels(train_set), _labels(test_set)))
     if classifiers and test_set is not None:
         result["classifiers"] = {
@@ -352,13 +351,15 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _extractor(real: ImageSet, num_classes: int) -> Extractor:
+def extractor_for(real: ImageSet, num_classes: int) -> Extractor:
+    """Returns the features of a classifier of the real images, or without two classes the pixels."""
     if num_classes >= 2 and real.labels is not None:
         return train_feature_extractor(real.images, real.labels, num_classes=num_classes)
     return pixel_extractor(real.images.shape[-1], real.images.shape[1])
 
 
-def _distance(extractor: Extractor, images: ImageSet, target: tuple[np.ndarray, np.ndarray]) -> float:
+def distance(extractor: Extractor, images: ImageSet, target: tuple[np.ndarray, np.ndarray]) -> float:
+    """Returns the Frechet distance of images to statistics of real ones."""
     return frechet_distance(*feature_statistics(extract(extractor, images.images)), *target)
 
 
@@ -366,7 +367,8 @@ def _variance(images: ImageSet, labelled: bool) -> float:
     return within_class_variance(images.images, images.labels if labelled else None)
 
 
-def _accuracy(train_set: ImageSet, test_set: ImageSet) -> Accuracy:
+def accuracy(train_set: ImageSet, test_set: ImageSet) -> Accuracy:
+    """Returns the accuracy on one set of logistic regression that learned from another; both need labels."""
     return logistic_regression_accuracy(train_set.images, _labels(train_set), test_set.images, _labels(test_set))
 
 
@@ -407,13 +409,12 @@ def _check_classes(names: Sequence[str], *archives: ImageArchive | None) -> None
 
 
 def read_synthetic(workdir: Workdir, config: Config) -> ImageSet:
-    """Returns the run's synthetic images, from ``synthetic.zip``.
+    """Returns the run's synthetic images, from ``synthetic.zip``, evenly thinned to at most ``LARGEST_SET``.
 
     Raises:
         InputError: if there are none.
     """
     if not workdir.synthetic.exists():
         raise InputError(f"Expected synthetic images at {workdir.synthetic}, found none: run dpdm sample first.")
-    archive = ImageArchive(workdir.synthetic)
-    labels = archive.labels if config.data.num_classes else None
-    return ImageSet("synthetic", archive.read(np.arange(archive.num_images)), labels)
+    found = read_set("synthetic", ImageArchive(workdir.synthetic))
+    return found if config.data.num_classes else replace(found, labels=None)

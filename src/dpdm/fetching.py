@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dpdm.errors import RunError
 from dpdm.files import atomic_path
 from dpdm.progress import Progress
 
+DEFAULT_CACHE = Path("~/.cache/dpdm")
 TIMEOUT_SECONDS = 30.0
 CHUNK_BYTES = 2**20
 
@@ -43,7 +45,7 @@ def fetch_file(path: Path, urls: Sequence[str], checksum: str, *, max_bytes: int
                 _download(url, temporary, max_bytes)
                 _check(temporary, algorithm, expected)
             return path
-        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        except (urllib.error.URLError, ssl.SSLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
             failures.append(f"{url}: {getattr(error, 'reason', None) or error}")
         except _WrongContentError as error:
             failures.append(f"{url}: {error}")

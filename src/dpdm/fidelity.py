@@ -37,7 +37,7 @@ from dpdm.evaluation.quality import (
     kernel_distance,
     precision_recall,
 )
-from dpdm.files import termination_interrupts
+from dpdm.signals import ends_interrupt
 
 MAX_PACKED_BYTES = 512 * 2**20  # of images in an npz file that is smaller than they are
 COMPARED = 10_000  # features of each set that are kept for kernel distance, precision and recall
@@ -71,7 +71,7 @@ def make_statistics(source: Source, dest: Path, extractor: str) -> Statistics:
     """
     distributed.on_main(lambda: _check_new(dest))
     use_full_precision()
-    with termination_interrupts():  # a scheduler's SIGTERM may leave no private images behind
+    with ends_interrupt():  # a scheduler's SIGTERM may leave no private images behind
         return _make_statistics(source, dest, extractor)
 
 

@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import secrets
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +28,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         fsync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # that of a network's time limit is not about a file
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -81,20 +80,3 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def termination_interrupts() -> Iterator[None]:
-    """Meanwhile SIGTERM is what Ctrl-C is, so that what is temporary is removed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # elsewhere signals cannot be received
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

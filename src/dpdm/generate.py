@@ -29,9 +29,10 @@ from dpdm.diffusion.image_noise import image_labels
 from dpdm.diffusion.sampling import sample
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.grids import image_grid
-from dpdm.files import fsync, locked, termination_interrupts
+from dpdm.files import fsync, locked
 from dpdm.progress import Progress
 from dpdm.recorded import recorded
+from dpdm.signals import ends_interrupt
 
 GRID_IMAGES = 100
 GRID_COLUMNS = 10
@@ -330,7 +331,7 @@ def _workspace(parent: Path) -> Iterator[Path]:
         (path / "samples").mkdir()
         return path
 
-    with termination_interrupts():
+    with ends_interrupt():
         try:
             with held:
                 yield distributed.on_main(make)

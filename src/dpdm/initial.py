@@ -7,7 +7,7 @@ checkpoint of the original, and a release that was converted from one.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +18,14 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from dpdm import config as configs
+from dpdm import pretrained
 from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS, round_up
 from dpdm.published_words import LONGEST_NAME, check_words
-from dpdm.untrusted import clean, parse_json, read_bytes
+from dpdm.untrusted import MAX_WEIGHTS_BYTES, MAX_WORDS_BYTES, clean, parse_json, read_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MAX_WORDS_BYTES = 2**20
-MAX_WEIGHTS_BYTES = 8 * 2**30
 MAX_SOURCES = 10  # one after the other: a release that began with a release that began ...
 LABELS = "label_embedding.weight"  # one row per class: the only weights that other classes cannot share
 REMEDY = "check model.init"
@@ -77,7 +76,7 @@ def open_initial(config: Config) -> Initial:
     Raises:
         InputError: if there is no such release, it is of unknown origin, or its network is another one.
     """
-    folder = _folder(Path(config.model.init or ""))
+    folder = _folder(pretrained.resolve(Path(config.model.init or "")))
     try:
         statement = parse_json(read_bytes(folder / "privacy.json", MAX_WORDS_BYTES))
         content, words = read_bytes(folder / WEIGHTS, MAX_WEIGHTS_BYTES), read_bytes(folder / CONFIG, MAX_WORDS_BYTES)
@@ -112,8 +111,7 @@ def open_initial(config: Config) -> Initial:
         )
     _check_kind(theirs, config, folder)
     weights, fresh = _fitting(content, configs.build_denoiser(config).network, folder)
-    own = Source(**{**sources[0].as_dict(), "fresh": fresh})
-    return Initial(weights, (own, *sources[1:]))
+    return Initial(weights, (replace(sources[0], fresh=fresh), *sources[1:]))
 
 
 def take(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -218,10 +216,12 @@ def _read_source(entry: Any) -> Source:
 
 
 def _check_kind(theirs: Config, ours: Config, folder: Path) -> None:
-    if theirs.model.denoiser != ours.model.denoiser:
+    asked = configs.differing(theirs, ours, ("model.denoiser", *configs.PRECONDITIONING))
+    if asked:
+        key, wanted, got = asked[0]
         raise InputError(
-            f"Expected model.denoiser={theirs.model.denoiser}, as the release in {folder} has, got "
-            f"{ours.model.denoiser}: its weights mean nothing to another preconditioning."
+            f"Expected {key}={wanted}, as the release in {folder} has, got {got}: its weights mean nothing to another "
+            "preconditioning."
         )
 
 

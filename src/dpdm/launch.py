@@ -10,6 +10,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dpdm.errors import InputError, RunError
+from dpdm.plain_yaml import leaves, read_overrides
+from dpdm.signals import ending_signals
 
 if TYPE_CHECKING:
     from dpdm.config import Config
@@ -35,7 +37,7 @@ def processes_to_start(config: "Config", overrides: list[str]) -> int:
     import torch
 
     gpus = 0 if config.setup.device == "cpu" else torch.cuda.device_count()
-    if not any(override.startswith("setup.n_gpus_per_node=") for override in overrides):
+    if "setup.n_gpus_per_node" not in dict(leaves(read_overrides(overrides))):
         wanted = min(wanted, gpus)
     elif 0 < gpus < wanted:
         raise InputError(f"Expected setup.n_gpus_per_node <= {gpus}, the GPUs of this machine, got {wanted}.")
@@ -69,20 +71,14 @@ def start(count: int, arguments: list[str]) -> int:
 
 @contextmanager
 def _passed_on_to(process: "subprocess.Popen[bytes]") -> Iterator[list[int]]:
-    """Passes signals that ask for the end on to ``process``, that of the terminal's end as SIGTERM; yields what came.
-
-    Under nohup that of the terminal's end stays ignored.
-    """
+    """Passes ``ending_signals`` on to ``process``, that of the terminal's end as SIGTERM; yields what came."""
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
         process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    old = {number: signal.signal(number, pass_on) for number in numbers}
+    old = {number: signal.signal(number, pass_on) for number in ending_signals()}
     try:
         yield received
     finally:

@@ -7,7 +7,6 @@ without noise; whoever stops or changes a run because of them makes a choice tha
 import copy
 import csv
 import math
-import sys
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from dpdm.diffusion.denoiser import Denoiser
 from dpdm.evaluation.fid import FidMeter
 from dpdm.files import atomic_path
 from dpdm.generate import as_drawn, draw, draw_some, grid
+from dpdm.progress import say
 from dpdm.workdir import Workdir
 
 
@@ -48,7 +48,10 @@ class Monitor:
             text = f"Step {state.step} (private figures): loss {self._mean(state, 'loss'):.4g}"
             if "clip_fraction" in state.curves:
                 text += f", {100 * self._mean(state, 'clip_fraction'):.0f} % of gradients clipped"
-            print(text, file=sys.stderr, flush=True)
+                lost = self._mean(state, "num_nonfinite")
+                if lost > 0:
+                    text += f", {lost:.3g} of them in a step infinite or NaN, which count as 0"
+            say(text)
         if self._draws(state.step) and distributed.is_main():
             self._workdir.snapshots.mkdir(exist_ok=True)
             images, labels = draw(self._averaged(state), as_drawn(self._config, state))
@@ -78,7 +81,7 @@ class Monitor:
         rows = {(state.step, path): value for path, value in found.items()}
         for (_, path), value in rows.items():
             text = f"Step {state.step} (private figures): FID {value:.4g} to {path} ({meter.extractor.name})"
-            print(text, file=sys.stderr, flush=True)
+            say(text)
         if self._workdir.fid.exists():
             with self._workdir.fid.open(newline="", encoding="utf-8") as file:
                 old = {(int(row["step"]), row["statistics"]): float(row["fid"]) for row in csv.DictReader(file)}
@@ -89,7 +92,7 @@ class Monitor:
 
     def _mean(self, state: TrainState, name: str) -> float:
         """Returns the mean of a curve since the last look; empty batches, which have none, left out."""
-        values = np.array(state.curves[name][-(self._config.train.log_every or 1) :])
+        values = np.array(state.curves.get(name, [])[-(self._config.train.log_every or 1) :])
         return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
     def _averaged(self, state: TrainState) -> Denoiser:

@@ -1,6 +1,5 @@
 """What several commands share: options, how words are read, a line of complaint."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dpdm.errors import InputError
+from dpdm.progress import say
 from dpdm.untrusted import clean
 
 if TYPE_CHECKING:
@@ -99,4 +99,4 @@ def resolution_of(resolution: str | None) -> "Resolution | None":
 
 def complain(message: str) -> None:
     """Prints one line that is safe on a terminal, whatever names and values are quoted in it."""
-    print(f"dpdm: {clean(message, LONGEST_MESSAGE)}", file=sys.stderr)
+    say(f"dpdm: {clean(message, LONGEST_MESSAGE)}")

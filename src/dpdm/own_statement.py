@@ -20,6 +20,7 @@ SECURE_NOISE = (
 )
 ROUNDING = "rounded to float16 after training; what is computed from private weights alone gives away no more than they"
 FLOAT_NOISE = "Gaussians are float64 Box-Muller, open to attacks on the gaps between floats (Mironov 2012)"
+GROUPS = (2, 5)  # images of one person, or persons of one family, whose guarantee together a statement tells
 LIBRARIES = ("dpdm", "torch", "numpy", "dp-accounting", "cryptography", "safetensors")
 
 
@@ -125,7 +126,7 @@ def make_statement(
         "kernels is not (below 1e-4 of a gradient in tests in float32 on a CPU, when another image joins the batch; "
         "more in bf16, in which a GPU computes unless told otherwise); "
         + (SECURE_NOISE if dp.secure_noise else FLOAT_NOISE),
-        "group_privacy": {str(k): _group(epsilon, dp.delta, k, words.several) for k in (2, 5)},
+        "group_privacy": {str(k): _group(epsilon, dp.delta, k, words.several) for k in GROUPS},
         "composition_scope": "this release alone; other releases from the same images add up (dpdm account --compose)",
         "hyperparameters": dp.selection,
         "holdout": "images that dpdm held out took no part in training; figures on them are private and not released",

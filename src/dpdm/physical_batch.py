@@ -47,9 +47,13 @@ def physical_batch_size(
 
 def _by_cpu(config: Config, memory: int) -> tuple[int, int]:
     """Returns the examples by rule, and at most."""
-    side, draws = config.data.resolution or 1, config.loss.noise_multiplicity
-    small = min(PIXELS_PER_PASS // (draws * side * side), GRADIENT_BYTES_PER_PASS // (4 * _num_parameters(config)))
-    return small, small * max(1, memory // BYTES_PER_PASS)
+    pixels = config.loss.noise_multiplicity * (config.data.resolution or 1) ** 2
+    gradients = 4 * _num_parameters(config)
+
+    def examples(passes: int) -> int:
+        return min(passes * PIXELS_PER_PASS // pixels, passes * GRADIENT_BYTES_PER_PASS // gradients)
+
+    return examples(1), examples(max(1, memory // BYTES_PER_PASS))
 
 
 def _by_gpu(config: Config, memory: int, *, bf16: bool, triton: bool) -> tuple[int, int]:
@@ -75,4 +79,5 @@ def _numbers_per_image(config: Config) -> int:
 
 
 def _num_parameters(config: Config) -> int:
-    return sum(p.numel() for p in configs.build_denoiser(config).parameters())
+    with torch.device("meta"):  # laid out, not made
+        return sum(p.numel() for p in configs.build_denoiser(config).parameters())

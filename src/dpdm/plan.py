@@ -12,6 +12,9 @@ from dpdm.privacy.dpsgd import LARGEST_BATCH
 from dpdm.published_words import LONGEST_NAME, check_words
 from dpdm.untrusted import clean
 
+# A Poisson batch has fewer than ten standard deviations more, but for a chance of 1e-20: LARGEST_BATCH at most.
+LARGEST_EXPECTED_BATCH = math.floor((math.sqrt(25 + LARGEST_BATCH) - 5) ** 2)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -59,16 +62,18 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
         accounting.check_delta_for(config.dp.delta, dataset_size, unit)
     batch = config.train.expected_batch_size
     rate = accounting.sampling_rate(batch, dataset_size, unit)
-    if batch + 10 * math.sqrt(batch) > LARGEST_BATCH:
-        raise InputError(f"Expected train.expected_batch_size <= 44000, got {batch}: rounding is bounded up to there.")
+    if batch > LARGEST_EXPECTED_BATCH:
+        raise InputError(
+            f"Expected train.expected_batch_size <= {LARGEST_EXPECTED_BATCH}, got {batch}: rounding is bounded up to "
+            "there."
+        )
     if config.train.warmup.enabled and dataset_size > LARGEST_DATASET:
         raise InputError(
             f"Expected at most {LARGEST_DATASET} {unit}s for central images, got {dataset_size}: turn off train.warmup."
         )
-    steps = config.train.num_iterations
-    if steps is None:
-        assert config.train.num_epochs is not None  # check_keys has looked
-        steps = account.steps_of("train.num_epochs", config.train.num_epochs, dataset_size, batch)
+    if config.train.num_iterations is None:
+        account.steps_of("train.num_epochs", config.train.num_epochs or 0.0, dataset_size, batch)  # refuses none
+    steps = planned_steps(config, dataset_size)
     if not config.dp.enabled:
         return Plan(dataset_size, batch, rate, steps, 0.0, math.inf, config.dp.delta, (), unit)
     others = config.train.warmup.mechanisms()
@@ -83,6 +88,14 @@ def make_plan(config: Config, dataset_size: int) -> Plan:
         account.check_worth([*others, dp_sgd], config.dp.delta)
     epsilon = accounting.epsilon_spent([*others, dp_sgd], config.dp.delta)
     return Plan(dataset_size, batch, rate, steps, noise_multiplier, epsilon, config.dp.delta, others, unit)
+
+
+def planned_steps(config: Config, dataset_size: int) -> int:
+    """Returns how many steps of DP-SGD a config asks for, on so many images or groups."""
+    train = config.train
+    if train.num_iterations is not None:
+        return train.num_iterations
+    return accounting.num_iterations(train.num_epochs or 0.0, dataset_size, train.expected_batch_size)
 
 
 def check_keys(config: Config) -> None:

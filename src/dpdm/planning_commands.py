@@ -13,6 +13,7 @@ from dpdm.options import PATH, TRANSFORMS, groups_option, resolution_of
 from dpdm.workdir import Workdir
 
 if TYPE_CHECKING:
+    from dpdm.data.archive import Unit
     from dpdm.data.transforms import Transform
     from dpdm.privacy.accounting import Distribution
     from dpdm.tune import Utility
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 @click.option("--delta", type=float, help="Below 1/N; default: the power of ten at or below min(1e-5, 1/(10 N)).")
 @click.option("--epsilon", type=float, help="Budget: the noise multiplier is wanted.")
 @click.option("--noise-multiplier", type=float, help="Noise: epsilon is wanted.")
-@click.option("--warmup-noise-multiplier", type=float, help="Of central images bought from the same budget.")
+@click.option(
+    "--warmup-noise-multiplier",
+    type=float,
+    multiple=True,
+    help="Of central images bought from the same budget; again for covariances, and for cells.",
+)
 @click.option("--compose", multiple=True, type=PATH, help="Total of these ledgers and statements, instead; repeat it.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **numbers: Any) -> None:
@@ -39,7 +45,7 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
     from dpdm import account as accounts
     from dpdm.evaluation.guarantee import round_up
 
-    given = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is not None]
+    given = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value not in (None, ())]
     if compose and given:
         raise InputError(f"Expected --compose alone or with --delta, got {given[0]} too: files have their own numbers.")
     result = accounts.compose(compose, delta) if compose else accounts.answer(accounts.Question(delta=delta, **numbers))
@@ -57,7 +63,10 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
     "mnist --dataset-size 50000 --epsilon 1; dpdm tune digits --epsilon 10 --mean-runs 3 --workdir runs/chosen",
 )
 @click.argument("words", nargs=-1, metavar="[SOURCE] [-- key=value ...]")
-@click.option("--dataset-size", type=int, help="N, number of private images.")
+@click.option("--dataset-size", type=int, help="N, number of private images, or with --unit group of persons.")
+@click.option(
+    "--unit", type=click.Choice(["image", "group"]), default="image", show_default=True, help="What is protected."
+)
 @click.option("--resolution", metavar="WxH", help="Such as 28x28.")
 @click.option("--channels", type=int, help="1 (grey) or 3 (RGB).")
 @click.option("--classes", type=int, help="Number of classes; 0: none.")
@@ -87,6 +96,7 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
 def tune(
     words: tuple[str, ...],
     dataset_size: int | None,
+    unit: "Unit",
     resolution: str | None,
     channels: int | None,
     classes: int | None,
@@ -105,7 +115,7 @@ def tune(
     """Settings for training: a recipe, the best of some candidates on public images, or by a choice that is charged.
 
     Without SOURCE: the recipe for --dataset-size, --resolution, --channels and --classes, for dpdm train --config. No
-    image is read.
+    image is read. With --unit group each person is protected with all of their images (dpdm prepare --groups).
 
     With SOURCE, a data set that is known by name or --public, and --dataset-size: candidates are trained on these
     stand-in images as they would be on that many private ones; the best is written for dpdm train --config.
@@ -147,7 +157,7 @@ def tune(
         choice = (sources[0], public, dataset_size, epsilon, delta, utility, listed, overrides)
         _write_settings(tuning.choose_on_public(tuning.PublicChoice(*choice, *shape)), yaml_file)
         return
-    _check_options("without SOURCE", "dataset_size resolution channels classes yaml_file")
+    _check_options("without SOURCE", "dataset_size unit resolution channels classes yaml_file")
     if overrides:
         raise InputError(
             f"Expected no keys without SOURCE, got {overrides[0]}: change them in the file that is written."
@@ -160,7 +170,7 @@ def tune(
     side = resolution_of(resolution)
     if not isinstance(side, int):
         raise InputError(f"Expected --resolution of a square, got {resolution}: models draw square images.")
-    text = tuning.recommend(tuning.Facts(dataset_size or 0, side, channels or 0, classes or 0, epsilon, delta))
+    text = tuning.recommend(tuning.Facts(dataset_size or 0, side, channels or 0, classes or 0, epsilon, delta, unit))
     _write_settings(text, yaml_file)
 
 

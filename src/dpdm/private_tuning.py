@@ -20,17 +20,18 @@ the data, the candidates, the key, the code and the machine. Nothing of it is on
 of the present run, which is removed when the same command is given again. That command begins at the first run, under
 the same key: number of runs, candidates, batches and noise are functions of it, so what is seen in the end is one
 output of the mechanism that was charged, however often and whenever it was stopped. With another identity it is
-refused, and stays charged.
+refused, and stays charged. On a GPU, whose rounding cannot be repeated, every process has another.
 """
 
 import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from dpdm import account, checkpoint, distributed
 from dpdm import config as configs
@@ -42,17 +43,17 @@ from dpdm.device import environment, execution
 from dpdm.errors import DivergedError, InputError, RunError
 from dpdm.evaluation.classifiers import ExactClassifier
 from dpdm.evaluation.guarantee import round_up
-from dpdm.files import write_json, write_text
+from dpdm.files import write_json
 from dpdm.generate import as_drawn, denoiser_with, draw
-from dpdm.plan import Plan, check_keys, check_names, make_plan
+from dpdm.plan import Plan, check_keys, check_names, make_plan, planned_steps
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism, Repeats, Selection
 from dpdm.privacy.discrete import secure_gaussian
 from dpdm.privacy.ledger import Ledger
 from dpdm.privacy.selection import repeat_and_select
 from dpdm.recipes import score_noise_multiplier
-from dpdm.run import set_up
-from dpdm.statement import SCORE, planned_steps
+from dpdm.run import key_name, plain_plan, read_key, set_up, write_key
+from dpdm.statement import SCORE
 from dpdm.synthesize import Request, claim, configure, prepare_data, start_over
 from dpdm.train import train
 from dpdm.tune import built_in_candidates, silence
@@ -123,8 +124,9 @@ def select(asked: SelectionRequest, workdir: Workdir) -> dict[str, Any]:
                 start_over(workdir)
             raise
         if not workdir.checkpoint.exists():
-            print(announcement(found), file=sys.stderr, flush=True)
-            key, ledger = _open_books(found, real, workdir)
+            device = set_up(found.configs[0])
+            print(announcement(found, repeatable=device.type == "cpu"), file=sys.stderr, flush=True)
+            key, ledger = _open_books(found, real, workdir, device)
             best = repeat_and_select(
                 lambda number, run_key: _one_run(found, real, workdir, number, run_key),
                 len(found.configs),
@@ -218,8 +220,13 @@ def check_same_cost(made: Sequence[Config], overrides: Sequence[Sequence[str]], 
                 )
 
 
-def announcement(found: Candidates) -> str:
-    """Returns what will be spent, and the candidates, before anything is."""
+def announcement(found: Candidates, *, repeatable: bool) -> str:
+    """Returns what will be spent, and the candidates, before anything is.
+
+    Args:
+        found: to be chosen from.
+        repeatable: whether the same command has the same outcome once more, as on a CPU.
+    """
     plan, repeats = found.plan, found.selection.repeats
     lines = [configs.to_yaml(found.configs[0]), "Candidates, on top of these settings:"]
     lines += [f"  {number}: {' '.join(values) or 'as they are'}" for number, values in enumerate(found.overrides, 1)]
@@ -233,42 +240,42 @@ def announcement(found: Candidates) -> str:
             f"{m.noise_multiplier:g}."
             for m in found.selection.base
         ),
-        "How many runs there are, and how far they are, is secret: no progress is shown. If it is stopped, the same "
-        "command begins anew with the same outcome, for nothing more.",
+        "How many runs there are, and how far they are, is secret: no progress is shown. "
+        + (
+            "If it is stopped, the same command begins anew with the same outcome, for nothing more."
+            if repeatable
+            else "If it is stopped on a GPU, what it costs is lost: its outcome cannot be repeated bit for bit."
+        ),
     ]
     return "\n".join(lines)
 
 
-def _open_books(found: Candidates, real: ImageArchive, workdir: Workdir) -> tuple[bytes, Ledger]:
+def _open_books(found: Candidates, real: ImageArchive, workdir: Workdir, device: torch.device) -> tuple[bytes, Ledger]:
     """Returns the selection's key and a ledger in which the whole selection is charged, on the disk."""
     hashes = [configs.run_hash(config) for config in found.configs]
     if workdir.ledger.exists():
-        try:
-            key = bytes.fromhex(workdir.key.read_text().strip())
-        except (OSError, ValueError):
-            key = b""
-        ledger = Ledger(workdir.ledger, repair=True)
+        key, ledger = read_key(workdir), Ledger(workdir.ledger, repair=True)
     else:
         key = noise.new_key()
-        write_text(workdir.key, key.hex() + "\n", mode=0o600)
+        write_key(workdir, key)
         ledger = Ledger.create(
             workdir.ledger,
             {
                 "data": real.fingerprint(),
                 "initial_weights": [],
-                "plan": json.loads(json.dumps(asdict(found.plan))),
+                "plan": plain_plan(found.plan),
                 "config": configs.fingerprint(hashes),
                 "candidates": hashes,
-                "key": noise.derive_key(key, "its name in the ledger").hex(),
+                "key": key_name(key),
             },
         )
-    device = set_up(found.configs[0])
     what = (real.fingerprint(), json.dumps(found.selection.as_dict()), *hashes, execution(device))
-    identity = noise.derive_key(key, "identity", *what).hex() if len(key) == noise.KEY_BYTES else ""
+    identity = noise.derive_key(key, "identity", *what).hex()
     if ledger.mechanisms() and not ledger.was_charged(identity):
         raise InputError(
             "Expected the images, key, candidates, code, libraries and machine with which this selection was begun, "
-            "got others: it stays charged; put them back, or begin another in a new --workdir."
+            "got others (on a GPU every start is another): it stays charged; put them back, or begin another in a new "
+            "--workdir."
         )
     ledger.reserve(found.selection, identity)
     return noise.derive_key(key, "selection"), ledger
@@ -286,7 +293,7 @@ def _one_run(
     state's curves, which have no noise, are emptied.
     """
     mechanism = found.selection.base[-1]
-    folder = Workdir(workdir.private / "run")
+    folder = Workdir(workdir.candidate)
     shutil.rmtree(folder.root, ignore_errors=True)
     try:
         with silence():
@@ -348,7 +355,7 @@ def _finish(found: Candidates, workdir: Workdir) -> dict[str, Any]:
         "num_records": found.plan.dataset_size,
         "noise": found.selection.base[-1].noise_multiplier,
     }
-    write_json(workdir.private / "selection.json", result)
+    write_json(workdir.selection, result)
     workdir.key.unlink(missing_ok=True)
     configs.save(config, workdir.config)
     return result

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -15,6 +16,12 @@ def speaks() -> bool:
     """Whether this process speaks to the user: of several, the first does."""
     # torchrun's name for a process; asking torch.distributed would load torch.
     return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Prints a line on standard error, if anybody hears it: what runs for days may outlive its terminal."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -32,7 +39,8 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         self.done += count
         if self._bar is not None:
-            self._bar.update(count)
+            with suppress(OSError):
+                self._bar.update(count)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print()
 
@@ -40,7 +48,7 @@ class Progress:
         if not speaks():
             return
         self._last_line, self._printed = time.monotonic(), self.done
-        print(f"{self.what}: {self.done} of {self.total} {self.unit}", file=sys.stderr, flush=True)
+        say(f"{self.what}: {self.done} of {self.total} {self.unit}")
 
     def __enter__(self) -> Self:
         return self
@@ -49,6 +57,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
         elif self._printed != self.done:
             self._print()

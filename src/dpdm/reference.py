@@ -24,6 +24,8 @@ ALIASES = {
     "loss.n_noise_samples": "loss.noise_multiplicity",
     "loss.label_unconditioning_prob": "loss.label_dropout",
     "loss.beta_max": "loss.beta_d",
+    "model.beta_min": "loss.beta_min",
+    "model.beta_max": "loss.beta_d",
     "optim.params.lr": "optim.learning_rate",
     "optim.params.weight_decay": "optim.weight_decay",
     "dp.max_grad_norm": "dp.clipping_norm",
@@ -61,6 +63,11 @@ MEANINGLESS = (
     "sampler.snapshot_batch_size",
     "sampler.fid_batch_size",
 )
+# Of data.dataset_params, what would make another set of the images, of another N.
+OTHER_DATA = {
+    "data.dataset_params.max_size": "prepare as many images as are to be trained on, for N and epsilon are theirs",
+    "data.dataset_params.xflip": "loss.flip=true mirrors images in half of the draws, and N stays",
+}
 ONLY_CHOICE = {"model.denoiser_network": "song", "optim.optimizer": "Adam", "optim.name": "Adam"}
 KINDS = {"vpsde": "vp", "vesde": "ve"}
 
@@ -84,6 +91,9 @@ def translate(content: Mapping[str, Any], where: str, *, beta_min: float) -> tup
         InputError: if two keys for the same thing disagree, or the original's key asks for what is not here.
     """
     changed = copy.deepcopy(dict(content))
+    for key, remedy in OTHER_DATA.items():
+        if _get(changed, key) not in (_ABSENT, None, False):
+            raise InputError(f"Expected no {key} in {where}, got {_get(changed, key)!r}: {remedy}.")
     passed_over = [key for key in MEANINGLESS if _take(changed, key) is not _ABSENT]
     for key, choice in ONLY_CHOICE.items():
         value = _take(changed, key)
@@ -109,20 +119,20 @@ def _convert(given: dict[str, Any], changed: Mapping[str, Any], where: str, beta
             given[key] = next((ours for theirs, ours in KINDS.items() if given[key] == theirs), given[key])
     if "sampler.guid_scale" in given and given["sampler.guid_scale"] is None:
         given["sampler.guid_scale"] = 0.0
-    if "loss.beta_max" in given:
-        lowest = _get(changed, "loss.beta_min")
+    lowest = given.get("model.beta_min", _get(changed, "loss.beta_min"))
+    for key in ("loss.beta_max", "model.beta_max"):
+        if key not in given:
+            continue
         try:
             first = beta_min if lowest is _ABSENT else float(lowest)
-            beta_d = float(given["loss.beta_max"]) - first
+            beta_d = float(given[key]) - first
         except (TypeError, ValueError):
-            raise InputError(
-                f"Expected numbers for loss.beta_min and loss.beta_max in {where}, got {given['loss.beta_max']!r}."
-            ) from None
+            raise InputError(f"Expected numbers for beta_min and {key} in {where}, got {given[key]!r}.") from None
         if not beta_d > 0:
-            raise InputError(
-                f"Expected loss.beta_max > loss.beta_min = {first:g} in {where}, got {given['loss.beta_max']}."
-            )
-        given["loss.beta_max"] = beta_d
+            raise InputError(f"Expected {key} > beta_min = {first:g} in {where}, got {given[key]}.")
+        given[key] = beta_d
+    if isinstance(splits := given.get("dp.n_splits"), int) and splits <= 0:  # off
+        given["dp.n_splits"] = 1
 
 
 def _put(content: dict[str, Any], native: str, value: Any, key: str, given: Mapping[str, Any], where: str) -> None:

@@ -5,7 +5,6 @@ A converted checkpoint of the original gets the same four, and a statement that 
 model, trained without privacy on public images.
 """
 
-import hashlib
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +25,7 @@ from dpdm.consistency import check_folder
 from dpdm.diffusion.adapters import merged
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.errors import InputError, RunError
+from dpdm.fetching import file_sha256
 from dpdm.files import atomic_path, fsync, write_json, write_text
 from dpdm.generate import as_drawn, denoiser_with, draw, grid
 from dpdm.initial import read_sources
@@ -42,9 +43,7 @@ MODEL_KEYS = (  # which say what the weights mean, beside those of model.network
     "data.num_channels",
     "data.num_classes",
     "model.denoiser",
-    "loss.sigma_data",
-    "loss.beta_min",
-    "loss.beta_d",
+    *configs.PRECONDITIONING,
 )
 PREVIEWED = 200  # images, from which a picture takes a hundred
 
@@ -213,7 +212,7 @@ def convert(file: Path, config: Config, workdir: Workdir, *, half: bool = False)
     weights = to_half(weights) if half else weights
     written = replace(config, model=replace(config.model, use_ema=True))  # what there is, is what will be taken
     sections = {name: section for name, section in redacted(written).items() if name in CONVERTED_SECTIONS}
-    statement = claim_statement(config, _sha256(file))
+    statement = claim_statement(config, file_sha256(file))
     if half:
         statement["rounding"] = ROUNDING
     write_release(workdir, weights, sections, statement, claim_card(statement, config))
@@ -242,7 +241,7 @@ def write_release(
         checkpoint.write_tensors(weights, temporary / "model.safetensors")
         write_json(temporary / "config.json", config)
         write_text(temporary / "README.md", card)
-        statement["files"] = {name: _sha256(temporary / name) for name in ALLOWED if name != "privacy.json"}
+        statement["files"] = {name: file_sha256(temporary / name) for name in ALLOWED if name != "privacy.json"}
         write_json(temporary / "privacy.json", statement)
         if problems := check_folder(temporary)[0].problems:
             raise RunError(
@@ -287,6 +286,10 @@ def load_denoiser(path: str | Path, config: Config | str | Path | None = None) -
                 "configs/mnist_28/sample_eps_1.0.yaml."
             )
         return reference_checkpoint.load_denoiser(weights, config)
+    own = own_config(weights)
+    if config is not None and own is not None:
+        for key, wanted, got in configs.differing(configs.load([own], quiet=True), config, MODEL_KEYS):
+            raise InputError(f"Expected {key}={wanted}, as the release in {own.parent} has, got {got}.")
     config = config or load_config(weights.parent)
     if not config.model.use_ema:
         raise InputError(f"Expected model.use_ema=true for {weights}, got false: a release holds the average alone.")
@@ -300,6 +303,26 @@ def load_denoiser(path: str | Path, config: Config | str | Path | None = None) -
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"Expected weights that fit the config in {weights}, got others: {reason}") from None
     return denoiser.eval()
+
+
+def draw_images(path: str | Path, *overrides: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Draws images from a release into memory, by the sampler in its own config: those that ``dpdm sample`` draws.
+
+    Args:
+        path: as for ``load_denoiser``.
+        overrides: keys of sampler and setup, such as "sampler.num_images=100", "sampler.seed=1".
+
+    Returns:
+        (n, C, H, W) uint8 and labels (n,) int64, None for a model without classes.
+
+    Raises:
+        InputError: if there is no such release, or a key means nothing in drawing from it.
+    """
+    own = own_config(Path(path))
+    if own is None:
+        raise InputError(f"Expected a release at {path}, found none: give its folder, or a pretrained one's name.")
+    config = config_to_draw(own, [], overrides)
+    return draw(load_denoiser(path, config), config)
 
 
 def _check_shapes(weights: Path, config: Config) -> None:
@@ -341,7 +364,9 @@ def config_to_draw(own: Path, files: Sequence[str], overrides: Sequence[str]) ->
             raise InputError(
                 f"Expected {key}={theirs[key]}, as the release in {own.parent} has, got {value}: leave the key out."
             )
-    return configs.load([own, *files], overrides, quiet=True)
+    config = configs.load([own, *files], overrides, quiet=True)
+    configs.check_guidance(config)
+    return config
 
 
 def load_config(release: Path) -> Config:
@@ -350,7 +375,3 @@ def load_config(release: Path) -> Config:
     if not path.is_file():
         raise InputError(f"Expected {path} beside the weights, found none: give --config.")
     return configs.load([path])
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,14 +23,12 @@ from dpdm import config as configs
 from dpdm.config import Config
 from dpdm.data.pixels_only import Form, check_jpeg, check_png, scan_archive, scan_npz, scan_samples
 from dpdm.errors import RunError
-from dpdm.untrusted import clean, open_regular, parse_json, read_bytes
+from dpdm.untrusted import MAX_WEIGHTS_BYTES, MAX_WORDS_BYTES, clean, open_regular, parse_json, read_bytes
 
 ALLOWED = ("model.safetensors", "config.json", "privacy.json", "README.md")
 SECTIONS = ("data", "model", "loss", "optim", "dp", "train", "sampler")
 REDACTED = ("data.path", "model.ckpt", "model.init", "dp.seed", "train.seed", "sampler.seed")  # no paths, no seeds
 CONVERTED_SECTIONS = ("data", "model", "loss", "sampler")  # what sampling needs; dp.epsilon would read as a promise
-MAX_WORDS_BYTES = 2**20  # of config.json, privacy.json, README.md
-MAX_WEIGHTS_BYTES = 8 * 2**30
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_TENSORS = 10_000
 TENSORS_PER_BLOCK = 8  # at least, of a residual block

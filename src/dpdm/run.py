@@ -47,7 +47,7 @@ from dpdm.privacy.accounting import Mechanism
 from dpdm.privacy.ledger import Ledger
 from dpdm.workdir import Workdir
 
-SELECTED = "give dpdm tune's own command once more, which begins anew for nothing more"
+SELECTED = "give dpdm tune's own command once more, which on a CPU begins anew for nothing more"
 LAST_DIGITS = 3e-4  # by how much noise, rounded to 5 digits, and epsilon of one plan may differ between machines
 SHARE_FOR_IMAGES = 0.25  # of a device's free memory; physical batches leave as much of it
 
@@ -263,6 +263,51 @@ def _is_the_runs(path: Path, workdir: Workdir) -> bool:
 def _open_books(
     config: Config, workdir: Workdir, *, resume: bool, new_key: bytes | None
 ) -> tuple[Run, Books, TrainState]:
+    exists = _may_open(config, workdir, resume=resume)
+    device = set_up(config)
+    given = _is_the_runs(Path(config.data.path or ""), workdir)
+    try:
+        archive = open_archive(config, workdir)
+        config = configs.resolve(config, archive)
+        check_names(config)
+        check_covariances(config.train.warmup, archive, config.data.num_classes or 0)
+        plan = make_plan(config, archive.num_records)
+        images = images_on_device(config, archive, device)
+        initial = _initial(config, workdir)
+        if initial is not None:
+            config = replace(config, model=replace(config.model, init_sha256=initial.sources[0].sha256))
+        denoiser = make_denoiser(config, initial).to(device).train()
+    except InputError:
+        if not (exists or given):  # nothing was bought: leave the folder as it was found
+            workdir.train_archive.unlink(missing_ok=True)
+        raise
+    if exists:
+        key = read_key(workdir)
+    else:
+        key = (new_key or noise.new_key()) if config.dp.seed is None else noise.test_key(config.dp.seed)
+    fingerprint = archive.fingerprint()
+    header = {"data": fingerprint, "plan": plain_plan(plan), "config": configs.run_hash(config)}
+    header["key"] = key_name(key)
+    header["part_of_selection"] = new_key is not None
+    header["initial_weights"] = [source.as_dict() for source in initial.sources] if initial else []
+    if exists:
+        ledger = Ledger(workdir.ledger, repair=True)
+        plan = _as_begun(plan, ledger.header)
+        header["plan"] = plain_plan(plan)
+        _check_header(ledger.header, header, workdir)
+        configs.save(config, workdir.config)  # with what may change: where things lie, how images are drawn, names
+    else:
+        configs.save(config, workdir.config)
+        write_key(workdir, key)
+        ledger = Ledger.create(workdir.ledger, header)
+    size = physical_batch_size(config, device)
+    run = Run(config, archive, plan, denoiser, device, fingerprint, size, images)
+    books = Books(run, workdir, ledger, key, execution="")  # open_run fills it in, of all processes
+    return run, books, _state_of(run, workdir, ledger)
+
+
+def _may_open(config: Config, workdir: Workdir, *, resume: bool) -> bool:
+    """Returns whether there is a run to go on with; raises InputError for what is wrong before any image is read."""
     exists = workdir.ledger.exists()
     if exists and not resume:
         raise InputError(f"Expected no run in {workdir.root}, got one: add --resume, or choose another --workdir.")
@@ -288,45 +333,11 @@ def _open_books(
         raise InputError(
             f"Expected no release in {workdir.root}, got one: a released run is over; give another --workdir."
         )
-    device = set_up(config)
-    given = _is_the_runs(Path(config.data.path or ""), workdir)
-    try:
-        archive = open_archive(config, workdir)
-        config = configs.resolve(config, archive)
-        check_names(config)
-        check_covariances(config.train.warmup, archive, config.data.num_classes or 0)
-        plan = make_plan(config, archive.num_records)
-        images = images_on_device(config, archive, device)
-        initial = _initial(config, workdir)
-        if initial is not None:
-            config = replace(config, model=replace(config.model, init_sha256=initial.sources[0].sha256))
-        denoiser = make_denoiser(config, initial).to(device).train()
-    except InputError:
-        if not (exists or given):  # nothing was bought: leave the folder as it was found
-            workdir.train_archive.unlink(missing_ok=True)
-        raise
-    if exists:
-        key = _read_key(workdir)
-    else:
-        key = (new_key or noise.new_key()) if config.dp.seed is None else noise.test_key(config.dp.seed)
-    fingerprint = archive.fingerprint()
-    header = {"data": fingerprint, "plan": _plain(plan), "config": configs.run_hash(config)}
-    header["key"] = noise.derive_key(key, "its name in the ledger").hex()
-    header["part_of_selection"] = new_key is not None
-    header["initial_weights"] = [source.as_dict() for source in initial.sources] if initial else []
-    if exists:
-        ledger = Ledger(workdir.ledger, repair=True)
-        plan = _as_begun(plan, ledger.header)
-        header["plan"] = _plain(plan)
-        _check_header(ledger.header, header, workdir)
-        configs.save(config, workdir.config)  # with what may change: where things lie, how images are drawn, names
-    else:
-        configs.save(config, workdir.config)
-        _write_key(workdir, key)
-        ledger = Ledger.create(workdir.ledger, header)
-    size = physical_batch_size(config, device)
-    run = Run(config, archive, plan, denoiser, device, fingerprint, size, images)
-    books = Books(run, workdir, ledger, key, execution="")  # open_run fills it in, of all processes
+    return exists
+
+
+def _state_of(run: Run, workdir: Workdir, ledger: Ledger) -> TrainState:
+    """Returns the state in which the run was saved, or that of its beginning, whose weights are the network's."""
     if not workdir.checkpoint.exists():
         if lost := ledger.spent("DP-SGD"):  # there is a checkpoint before the first step
             print(
@@ -334,15 +345,15 @@ def _open_books(
                 "cannot be repeated bit for bit is charged again.",
                 file=sys.stderr,
             )
-        return run, books, fresh_state(denoiser, config.model.ema_rates)
+        return fresh_state(run.denoiser, run.config.model.ema_rates)
     state, facts = checkpoint.load(workdir.checkpoint)
     checkpoint.check_accounted(state, facts, ledger)
     for group in (state.parameters, state.ema, state.averages, state.exp_avg, state.exp_avg_sq, state.warmup):
         for name in group:
-            group[name] = group[name].to(device)
-    denoiser.network.load_state_dict(state.parameters)
-    state.parameters = _parameters(denoiser)
-    return run, books, state
+            group[name] = group[name].to(run.device)
+    run.denoiser.network.load_state_dict(state.parameters)
+    state.parameters = _parameters(run.denoiser)
+    return state
 
 
 def make_denoiser(config: Config, initial: Initial | None = None) -> Denoiser:
@@ -395,7 +406,7 @@ def _parameters(denoiser: Denoiser) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in denoiser.network.named_parameters()}
 
 
-def _plain(plan: Plan) -> dict[str, Any]:
+def plain_plan(plan: Plan) -> dict[str, Any]:
     """Returns a plan as it stands in a ledger."""
     return json.loads(json.dumps(asdict(plan)))
 
@@ -430,11 +441,16 @@ def _check_header(old: dict[str, Any], new: dict[str, Any], workdir: Workdir) ->
         )
 
 
-def _write_key(workdir: Workdir, key: bytes) -> None:
+def key_name(key: bytes) -> str:
+    """Returns what a ledger says of a run's key, which does not tell the key."""
+    return noise.derive_key(key, "its name in the ledger").hex()
+
+
+def write_key(workdir: Workdir, key: bytes) -> None:
     write_text(workdir.key, key.hex() + "\n", mode=0o600)
 
 
-def _read_key(workdir: Workdir) -> bytes:
+def read_key(workdir: Workdir) -> bytes:
     try:
         key = bytes.fromhex(workdir.key.read_text().strip())
         if len(key) != noise.KEY_BYTES:

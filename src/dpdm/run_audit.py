@@ -16,10 +16,10 @@ from dpdm import config as configs
 from dpdm.audit import GAIN, check_confidence, check_private
 from dpdm.config import Config
 from dpdm.data.sources import source_path
-from dpdm.device import pick_device, use_full_precision, use_threads
 from dpdm.errors import InputError, RunError
 from dpdm.optimizer import adam_step
 from dpdm.physical_batch import physical_batch_size
+from dpdm.plain_yaml import leaves, read_overrides
 from dpdm.plan import Plan, check_keys, make_plan
 from dpdm.privacy import accounting, noise
 from dpdm.privacy.accounting import Mechanism
@@ -27,7 +27,7 @@ from dpdm.privacy.auditing import OneRunBound, one_run_bound
 from dpdm.privacy.dpsgd import PrivateGradient
 from dpdm.progress import Progress
 from dpdm.recipes import recipe
-from dpdm.run import Run, fresh_state, open_archive
+from dpdm.run import Run, fresh_state, open_archive, set_up
 from dpdm.train import StepKeys, example_losses, sampled_step, step_keys
 from dpdm.workdir import Workdir
 
@@ -80,8 +80,7 @@ def default_run_config(overrides: Sequence[str]) -> Config:
     """Returns the recipe for the digits at epsilon 10, or at the overrides' own target, without central images."""
     images: dict[str, Any] = {"dataset_size": NUM_DIGITS, "resolution": SIDE, "num_channels": 1, "num_classes": 10}
     values = recipe(**images, epsilon=10.0, delta=1e-5)
-    targets = ("dp.epsilon=", "dp.noise_multiplier=")
-    if not any(override.startswith(targets) for override in overrides):
+    if not {"dp.epsilon", "dp.noise_multiplier"} & dict(leaves(read_overrides(overrides))).keys():
         values.append("dp.epsilon=10")
     return configs.load([], [*values, "train.warmup.enabled=false", *overrides])
 
@@ -154,9 +153,7 @@ def _run_with_canaries(config: Config, source: str, folder: Path, num_canaries: 
     if plan.warmup:
         bare = Mechanism("DP-SGD", plan.sampling_rate, plan.noise_multiplier, plan.num_iterations)
         plan = replace(plan, warmup=(), epsilon=accounting.epsilon_spent([bare], plan.delta))
-    device = pick_device(config.setup.device)
-    use_full_precision()
-    use_threads(config.setup.num_threads)
+    device = set_up(config)
     denoiser = configs.build_denoiser(config).to(device).train()
     size = physical_batch_size(config, device)
     return Run(config, archive, plan, denoiser, device, archive.fingerprint(), size)

@@ -17,7 +17,8 @@ from dpdm.config import Config
 from dpdm.errors import InputError
 from dpdm.evaluation.guarantee import UNITS
 from dpdm.initial import Source, read_sources
-from dpdm.own_statement import LIBRARIES, WORDS, make_statement, public_statement
+from dpdm.own_statement import GROUPS, LIBRARIES, WORDS, make_statement, public_statement
+from dpdm.plan import planned_steps
 from dpdm.privacy import accounting, second_accountant, second_selection
 from dpdm.privacy.accounting import Mechanism, Selection, Spend, parts, spend_from
 from dpdm.privacy.central import MECHANISMS
@@ -33,8 +34,8 @@ SCORE = "noisy score"  # of a run that a private selection chooses by
 FIRST_TOLERANCE = 1e-6
 SECOND_TOLERANCE = 1e-3
 FAR_ABOVE = 1e-2  # a stated epsilon beyond what both found is no lie, but it was not computed from the mechanisms
-LARGEST_EPSILON = 100.0  # beyond it the first accountant takes ever longer, for a promise that is empty
-GROUPS = (2, 5)
+# Beyond it the first accountant takes ever longer, for a promise that is empty.
+LARGEST_EPSILON = account.EPSILON_RANGE[1]
 
 
 @dataclass
@@ -164,7 +165,7 @@ def against_config(statement: dict[str, Any], mechanisms: list[Spend], config: C
     if dp.epsilon != budget:
         problems.append(f"dp.epsilon in config.json is {dp.epsilon:g}, a budget that no run has")
     if dp.epsilon is not None and statement["epsilon"] > dp.epsilon * (1 + FIRST_TOLERANCE):
-        problems.append(f"epsilon {statement['epsilon']:.6g} is above the budget in config.json, {dp.epsilon:g}")
+        problems.append(f"epsilon {statement['epsilon']:.9g} is above the budget in config.json, {dp.epsilon:.9g}")
     differ = ((name, a, b) for name, a, b in facts if type(a) is not type(b) or a != b)  # for ==, True is 1
     return problems + [f"{name} is {clean(a)}, by config.json it is {clean(b)}" for name, a, b in differ]
 
@@ -203,14 +204,6 @@ def check_sources(statement: Mapping[str, Any], config: Config) -> tuple[tuple[S
     if named != config.model.init_sha256:
         return sources, ["the weights with which training began are not those that config.json names"]
     return sources, []
-
-
-def planned_steps(config: Config, dataset_size: int) -> int:
-    """Returns how many steps of DP-SGD a config asks for, on so many images or groups."""
-    train = config.train
-    if train.num_iterations is not None:
-        return train.num_iterations
-    return accounting.num_iterations(train.num_epochs or 0.0, dataset_size, train.expected_batch_size)
 
 
 def writer(statement: Mapping[str, Any]) -> Any:
@@ -286,7 +279,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _differs(found: float, stated: float, whose: str) -> str:
-    return f"epsilon is {found:.6g} by the statement's mechanisms and {whose}, {stated:.6g} is claimed"
+    return f"epsilon is {found:.9g} by the statement's mechanisms and {whose}, {stated:.9g} is claimed"
 
 
 def _compare_words(statement: dict[str, Any], expected: dict[str, Any], found: Recomputed) -> None:

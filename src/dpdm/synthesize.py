@@ -29,7 +29,6 @@ from dpdm.workdir import Workdir
 
 HOLDOUT_FRACTION = 1 / 6
 ONE_PROCESS, STEPS = "one process for the whole way", "go step by step by dpdm train, release and sample"
-PRODUCTS = ("config.yaml", "private", "release", "samples", "synthetic.zip", "report.html", "shareable.html")
 
 FIXED = {
     "dp.epsilon": "give --epsilon",
@@ -196,9 +195,7 @@ def configure(request: Request, workdir: Workdir, real: ImageArchive) -> Config:
     values = [*values, f"dp.epsilon={request.epsilon!r}", f"dp.delta={delta!r}"]
     if known:
         values.append(f"data.name={request.source}")
-    changed = [
-        o.partition("=")[0] for o in request.overrides if not o.startswith(("sampler.", "setup.", "dp.selection"))
-    ]
+    changed = configs.changed_settings(configs.values([], values), configs.values([], [*values, *request.overrides]))
     if changed:
         selection = configs.with_changes(SELECTION.format(unit=unit), changed)
         values.append(f"dp.selection={json.dumps(selection)}")
@@ -216,8 +213,7 @@ def default_num_images(real: ImageArchive, holdout: ImageArchive) -> int:
 
 def start_over(workdir: Workdir) -> None:
     """Removes a run's own products, and nothing else, from its folder."""
-    for name in PRODUCTS:
-        path = workdir.root / name
+    for path in workdir.products:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -231,8 +227,7 @@ def remove_finished(source: str, workdir: Workdir) -> None:
     if not workdir.shareable.exists():
         return
     with workdir.lock():
-        note = workdir.private / "request.json"
-        if note.exists() and _read_request(note).get("source") == source:
+        if workdir.request.exists() and _read_request(workdir.request).get("source") == source:
             start_over(workdir)
 
 
@@ -242,7 +237,7 @@ def claim(request: Any, source: str, workdir: Workdir, *, finished: Path) -> Non
     Raises:
         InputError: if the folder holds something else, or the file ``finished``, or there is no such source.
     """
-    note = workdir.private / "request.json"
+    note = workdir.request
     asked = json.loads(json.dumps(asdict(request)))
     if note.exists():
         if _read_request(note) != asked:
@@ -255,7 +250,7 @@ def claim(request: Any, source: str, workdir: Workdir, *, finished: Path) -> Non
                 f"Expected an unfinished run in {workdir.root}, got a finished one: give another --workdir."
             )
         return
-    found = [name for name in PRODUCTS if (workdir.root / name).exists() and name != workdir.private.name]
+    found = [path.name for path in workdir.products if path.exists() and path != workdir.private]
     found += [path.name for path in workdir.private.iterdir() if path.name != "lock"]
     if found:
         raise InputError(

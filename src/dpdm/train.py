@@ -40,8 +40,9 @@ from dpdm.privacy import noise
 from dpdm.privacy.dpsgd import PerExampleLoss, PrivateGradient, private_gradient
 from dpdm.privacy.draws import record_draws
 from dpdm.privacy.poisson import physical_batches, poisson_sample
-from dpdm.progress import Progress
+from dpdm.progress import Progress, say
 from dpdm.run import Books, Run, fresh_state, open_run, share_state
+from dpdm.signals import ending_signals
 from dpdm.transfer import to_device, to_host
 from dpdm.warmup import train_on_central_images
 from dpdm.workdir import Workdir
@@ -319,7 +320,7 @@ def _warm_up(run: Run, books: Books, interrupted: threading.Event) -> TrainState
 
     def stop_if_asked() -> None:
         if interrupted.is_set():
-            print("The warm-up begins again when the run goes on; it is not paid for twice.", file=sys.stderr)
+            say("The warm-up begins again when the run goes on; it is not paid for twice.")
             raise KeyboardInterrupt
 
     config, num_classes = run.config.train.warmup, run.denoiser.network.num_classes
@@ -375,7 +376,8 @@ def _end_of_step(state: TrainState, step: PrivateGradient | PublicGradient) -> s
         )
     values = {"loss": step.mean_loss, "batch_size": step.batch_size}
     if isinstance(step, PrivateGradient):
-        values["clip_fraction"] = step.clip_fraction
+        values |= {"clip_fraction": step.clip_fraction, "num_nonfinite": step.num_nonfinite}
+        _warn_of_noise_alone(state, step)
     for name, value in values.items():
         state.curves.setdefault(name, []).append(float(value))
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
@@ -386,6 +388,19 @@ def _end_of_step(state: TrainState, step: PrivateGradient | PublicGradient) -> s
     return state.digest(tensors)
 
 
+def _warn_of_noise_alone(state: TrainState, step: PrivateGradient) -> None:
+    """Tells the owner of the first step in a row in which all gradients are infinite or NaN.
+
+    Training does not stop by itself: that would publish a figure that has no noise.
+    """
+    nothing = step.num_nonfinite == step.batch_size > 0
+    if nothing and not any(state.curves.get("num_nonfinite", [0.0])[-1:]) and distributed.is_main():
+        say(
+            f"dpdm: In step {state.step} all gradients are infinite or NaN, so that it adds noise alone (a private "
+            "figure): training has diverged. Begin another run with a lower optim.learning_rate, or other noise levels."
+        )
+
+
 def _checkpoint_is_due(config: TrainConfig, step: int, saved_step: int, seconds: float) -> bool:
     """Whether to save after ``step`` steps: by the config's count, or because so much time has passed."""
     by_count = step >= config.checkpoint_threshold and step - saved_step >= config.checkpoint_every
@@ -394,7 +409,7 @@ def _checkpoint_is_due(config: TrainConfig, step: int, saved_step: int, seconds:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C (or a polite kill) sets; a second Ctrl-C stops at once."""
+    """Yields an event that the first Ctrl-C, polite kill or end of the terminal sets; a second Ctrl-C stops at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -407,9 +422,9 @@ def _interruptible() -> Iterator[threading.Event]:
             return
         event.set()
         if distributed.is_main():
-            print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+            say("\nStopping after this step; once more to stop at once.")
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, handle) for number in ending_signals()}
     try:
         yield event
     finally:

@@ -22,10 +22,9 @@ from dpdm.data.prepare import prepare_with_holdout
 from dpdm.data.sources import source_path
 from dpdm.data.transforms import Resolution, Transform
 from dpdm.errors import InputError
-from dpdm.evaluate import ImageSet, read_set
-from dpdm.evaluation.classifiers import logistic_regression_accuracy
-from dpdm.evaluation.features import extract, pixel_extractor, train_feature_extractor
-from dpdm.evaluation.frechet import feature_statistics, frechet_distance
+from dpdm.evaluate import ImageSet, accuracy, distance, extractor_for, read_set
+from dpdm.evaluation.features import extract
+from dpdm.evaluation.frechet import feature_statistics
 from dpdm.evaluation.guarantee import round_up
 from dpdm.files import write_text
 from dpdm.generate import as_drawn, denoiser_with, draw
@@ -235,7 +234,8 @@ def choose_on_public(asked: PublicChoice) -> str:
         f"chosen among {len(candidates)} candidates{given} on public images {asked.name}, by "
         f"{UTILITIES[asked.utility]}; the candidates are variations of settings chosen {config.dp.selection}"
     )
-    if changed := [override.partition("=")[0] for override in asked.overrides]:
+    before = configs.values([], facts.overrides())
+    if changed := configs.changed_settings(before, configs.values([], base)):
         selection += f"; the user changed {', '.join(changed)} in all of them, which is not accounted for"
     comments = [
         f"Best of {len(candidates)} candidates on public images {asked.name}, for {size} private images at epsilon "
@@ -290,15 +290,9 @@ def _utility(
     drawn = ImageSet("synthetic", images, labels)
     real = read_set("stand-in", training if utility == "frechet" else held_out)
     if utility == "accuracy":
-        assert drawn.labels is not None  # both have labels: looked at before
-        assert real.labels is not None
-        return logistic_regression_accuracy(drawn.images, drawn.labels, real.images, real.labels).value
-    if real.labels is not None and training.num_classes >= 2:
-        extractor = train_feature_extractor(real.images, real.labels, num_classes=training.num_classes)
-    else:
-        extractor = pixel_extractor(training.resolution, training.num_channels)
-    found = (feature_statistics(extract(extractor, images)) for images in (drawn.images, real.images))
-    return frechet_distance(*next(found), *next(found))
+        return accuracy(drawn, real).value
+    extractor = extractor_for(real, training.num_classes)
+    return distance(extractor, drawn, feature_statistics(extract(extractor, real.images)))
 
 
 @contextlib.contextmanager

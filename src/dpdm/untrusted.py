@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_WORDS = 300
+MAX_WORDS_BYTES = 2**20  # of a release's config.json, privacy.json, README.md
+MAX_WEIGHTS_BYTES = 8 * 2**30
 
 
 def open_regular(path: Path, max_bytes: int) -> BufferedReader:

@@ -23,8 +23,8 @@ from dpdm.evaluation.one_page import one_page, public_page
 from dpdm.evaluation.report import SharedReport, write_shareable_report
 from dpdm.privacy import accounting
 from dpdm.published_words import check_words
-from dpdm.released_files import ALLOWED, MAX_WORDS_BYTES, scan_images, split_page
-from dpdm.untrusted import clean, read_bytes
+from dpdm.released_files import ALLOWED, scan_images, split_page
+from dpdm.untrusted import MAX_WORDS_BYTES, clean, read_bytes
 from dpdm.workdir import Workdir
 
 LONGEST_SENTENCE = 1000

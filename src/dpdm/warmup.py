@@ -1,7 +1,7 @@
 """The warm-up: ordinary training on what was bought with noise. It costs no privacy of its own."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,8 +14,11 @@ from dpdm.diffusion.augmentation import NUM_DISTORTIONS, distort
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.ema import ema_decay, update_ema
 from dpdm.diffusion.loss import LossConfig, diffusion_loss, noise_level
+from dpdm.errors import DivergedError
 from dpdm.privacy.central import WarmupConfig
 from dpdm.progress import Progress
+
+STEPS_BETWEEN_CHECKS = 100  # of the weights, for which a GPU is waited for
 
 
 def train_on_central_images(
@@ -32,6 +35,9 @@ def train_on_central_images(
 
     Everything here is a function of what was released and of public randomness: post-processing.
     ``autocast`` is entered around each loss, ``before_step`` may end it by an exception.
+
+    Raises:
+        DivergedError: if weights become infinite or NaN, so that no step of DP-SGD is bought with them.
     """
     device = next(denoiser.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -64,8 +70,18 @@ def train_on_central_images(
             loss.backward()
             optimizer.step()
             update_ema(ema, parameters, ema_decay(config.ema_rate, step))
+            if step % STEPS_BETWEEN_CHECKS == 0 or step + 1 == config.num_iterations:
+                _check_finite(ema)
             progress.advance()
     return ema
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+        raise DivergedError(
+            "Expected finite weights in the warm-up, got others: it has diverged; begin another run with a lower "
+            "train.warmup.learning_rate, or other noise levels (loss.p_mean and its kin)."
+        )
 
 
 def draw_cells(central: Central, labels: Tensor, generator: torch.Generator) -> Tensor:

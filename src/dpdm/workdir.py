@@ -58,6 +58,18 @@ class Workdir:
         return self.private / "evaluation.json"
 
     @property
+    def request(self) -> Path:
+        return self.private / "request.json"
+
+    @property
+    def selection(self) -> Path:
+        return self.private / "selection.json"
+
+    @property
+    def candidate(self) -> Path:
+        return self.private / "run"
+
+    @property
     def snapshots(self) -> Path:
         return self.private / "snapshots"
 
@@ -88,6 +100,19 @@ class Workdir:
     @property
     def shareable(self) -> Path:
         return self.root / "shareable.html"
+
+    @property
+    def products(self) -> tuple[Path, ...]:
+        """All that a run and its release write."""
+        return (
+            self.config,
+            self.private,
+            self.release,
+            self.samples,
+            self.synthetic,
+            self.report,
+            self.shareable,
+        )
 
     def make_private(self) -> None:
         """Makes ``private/``.

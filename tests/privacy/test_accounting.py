@@ -77,6 +77,8 @@ def test_delta_is_held_against_the_number_of_images() -> None:
     assert accounting.default_delta(10_001) == 1e-6
     assert accounting.default_delta(1_281_167) == 1e-8
     assert accounting.check_delta_for(1e-5, 1497) is None
+    with pytest.raises(InputError, match=r"delta < 1/N = 1\.66667e-05 for 60000 images, got 1\.667e-05"):
+        accounting.check_delta_for(1.667e-5, 60_000)
     assert "customary" in (accounting.check_delta_for(1e-5, 60_000) or "")
     with pytest.raises(InputError, match="publishing a whole image"):
         accounting.check_delta_for(1 / 1497, 1497)

@@ -211,7 +211,7 @@ class ImageArchive:
         resolution: height and width in pixels.
         num_channels: 1 (grey) or 3 (RGB).
         num_classes: number of class names, or without them the largest label + 1; 0 without labels.
-        labels: (N,) int64, or None.
+        labels: (num_images,) int64, or None.
         class_names: one per class, or None.
         groups: (num_images,) int64 in [0, num_groups), each of which occurs, or None.
 
@@ -257,7 +257,7 @@ class ImageArchive:
         """Returns images in the order asked for, repetitions included.
 
         Args:
-            indices: (n,) integers in [0, N); n may be 0.
+            indices: (n,) integers in [0, num_images); n may be 0.
 
         Returns:
             (n, C, H, H) uint8, a copy.

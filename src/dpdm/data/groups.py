@@ -69,7 +69,13 @@ def group_is_held_out(group: str, key: bytes, fraction: float) -> bool:
     of names: prepared anew without a group, the numbers of those after it are others.)
     """
     message = b"dpdm hold-out of groups, version 1" + group.encode(errors="surrogateescape")
+    return below(key, message, fraction)
+
+
+def below(key: bytes, message: bytes, fraction: float) -> bool:
+    """Whether the keyed hash of a message, HMAC-SHA256 read as a number in [0, 1), is below ``fraction``."""
     digest = hmac.new(key, message, hashlib.sha256).digest()
+    # Whole numbers: 64 random bits divided in floating point could round up to 1.
     return int.from_bytes(digest[:8], "big") < int(fraction * 2**64)
 
 

@@ -8,7 +8,6 @@ the statement.
 
 import contextlib
 import hashlib
-import hmac
 import json
 import os
 import struct
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import features
 
 from dpdm.data.archive import ImageArchive, encode_png
-from dpdm.data.groups import group_is_held_out, with_groups
+from dpdm.data.groups import below, group_is_held_out, with_groups
 from dpdm.data.records import Split, list_names
 from dpdm.data.resume import Unfinished, unfinished
 from dpdm.data.sources import open_source, source_path
@@ -172,9 +171,7 @@ def is_held_out(image: NDArray[np.uint8], key: bytes, fraction: float) -> bool:
     # As RGB: whether the set as a whole is stored as grey depends on other records, the side must not.
     rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])))
     message = b"dpdm hold-out, version 1" + struct.pack("<3Q", *rgb.shape) + rgb.tobytes()
-    digest = hmac.new(key, message, hashlib.sha256).digest()
-    # Whole numbers: 64 random bits divided in floating point could round up to 1.
-    return int.from_bytes(digest[:8], "big") < int(fraction * 2**64)
+    return below(key, message, fraction)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from dpdm.data.folders import folder_tree, tree_splits, zip_tree
 from dpdm.data.idx import array_split, find_idx, idx_splits
 from dpdm.data.records import Split
 from dpdm.errors import InputError
+from dpdm.fetching import DEFAULT_CACHE
 
 DIGITS = "digits"
 NAMES = (DIGITS, *PUBLISHED, CIFAR10)
 DIGITS_HOLDOUT_EVERY = 6
-DEFAULT_CACHE = Path("~/.cache/dpdm")
 
 
 def open_source(source: str, *, cache_dir: Path | None = None, attribute: str | None = None) -> dict[str, Split]:

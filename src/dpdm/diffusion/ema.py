@@ -16,7 +16,7 @@ def ema_decay(rate: float, num_updates: int) -> float:
 
     Args:
         rate: of the long run, in [0, 1).
-        num_updates: n, updates made so far, the present one included.
+        num_updates: n, updates made before the present one.
 
     Raises:
         InputError: if ``rate`` is outside [0, 1) or ``num_updates`` is negative.

@@ -21,6 +21,7 @@ from dpdm.errors import DivergedError, InputError
 
 MAX_STEPS, MAX_IMAGES = 10_000, 10**8
 LARGEST_SIGMA, SMALLEST_RHO = 1e6, 0.1
+LARGEST_GUIDANCE = 1e3  # either way; more is a slip
 SHIFT_OF_DRAWN = 0.025  # of the side, at sampler.augmentation=1
 SamplerType = Literal["ddim", "edm", "dpm_solver_pp"]
 OutputType = Literal["folder", "zip", "npz"]
@@ -102,8 +103,10 @@ class SamplerConfig:
                 f"Expected noise levels that fall and fit a float, got others by sampler.rho={self.rho}, "
                 f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: the paper uses 7, 0.002 and 80."
             )
-        if not math.isfinite(self.guidance_scale):
-            raise InputError(f"Expected sampler.guidance_scale to be finite, got {self.guidance_scale}: 0 is off.")
+        if not abs(self.guidance_scale) <= LARGEST_GUIDANCE:
+            raise InputError(
+                f"Expected sampler.guidance_scale of at most {LARGEST_GUIDANCE:g}, got {self.guidance_scale}: 0 is off."
+            )
         if not 0.0 <= self.augmentation <= MAX_AUGMENTATION:
             raise InputError(
                 f"Expected 0 <= sampler.augmentation <= {MAX_AUGMENTATION}, got {self.augmentation}: 1.5 suits digits."

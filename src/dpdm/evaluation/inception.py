@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpdm import distributed
 from dpdm.errors import InputError
 from dpdm.evaluation.features import Extractor
-from dpdm.fetching import fetch_file, file_sha256
+from dpdm.fetching import DEFAULT_CACHE, fetch_file, file_sha256
 
 INCEPTION = "inception"
 INCEPTION_NAME = "Inception-v3 of FID (inception-2015-12-05)"
@@ -25,7 +25,6 @@ INCEPTION_URLS = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretra
 # NVIDIA publishes none; this is the one that k-diffusion requires of the same address (k_diffusion/evaluation.py).
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 INCEPTION_BYTES = 95_607_719
-DEFAULT_CACHE = Path("~/.cache/dpdm")
 BATCH_SIZE = 64
 FEATURES = "return_features"  # the argument that asks for features
 NO_BIAS = "no_output_bias"  # the argument that asks for the class probabilities of Salimans et al.'s score

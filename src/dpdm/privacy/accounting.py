@@ -297,12 +297,12 @@ def check_delta_for(delta: float, dataset_size: int, unit: str = "image") -> str
     _check_delta(delta)
     if delta >= 1 / dataset_size:
         raise InputError(
-            f"Expected delta < 1/N = {1 / dataset_size:.3g} for {dataset_size} {unit}s, got {delta:g}: such a delta "
+            f"Expected delta < 1/N = {1 / dataset_size:.6g} for {dataset_size} {unit}s, got {delta}: such a delta "
             f"permits publishing a whole {unit}; use {default_delta(dataset_size):g}."
         )
     if delta > 1 / (10 * dataset_size):
         return (
-            f"delta={delta:g} is above 1/(10 N) = {1 / (10 * dataset_size):.3g}; "
+            f"delta={delta} is above 1/(10 N) = {1 / (10 * dataset_size):.6g}; "
             f"{default_delta(dataset_size):g} is customary for {dataset_size} {unit}s."
         )
     return None

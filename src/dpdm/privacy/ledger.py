@@ -30,7 +30,8 @@ class Ledger:
 
     Attributes:
         path: of the file.
-        header: what the purchases are about: data fingerprint, dataset_size, budget; private.
+        header: what the purchases are about: fingerprint of the data, plan, hash of the config, name of the key;
+            private.
     """
 
     def __init__(self, path: Path, *, repair: bool = False) -> None:
