@@ -22,21 +22,25 @@ from dpdm import config as configs
 PAGE = ROOT / "docs" / "performance.md"
 MNIST = ROOT / "configs" / "mnist_28" / "train_eps_1.0.yaml"
 MNIST_IMAGES = 60_000
+BUSY = 2000  # images a pass
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the objects of ``dp_step.jsonl``, ``logical_step.jsonl`` and ``sampling.jsonl``.
 
     Raises:
-        SystemExit: if the first is missing or empty.
+        SystemExit: if all are missing or empty.
     """
-    steps, wholes, samples = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        for path in (folder / f"{name}.jsonl" for name in ("dp_step", "logical_step", "sampling"))
-    )
-    if not steps:
+    steps, wholes, samples = (_lines(folder / f"{name}.jsonl") for name in ("dp_step", "logical_step", "sampling"))
+    if not (steps or wholes or samples):
         raise SystemExit(f"Expected figures in {folder / 'dp_step.jsonl'}, got none: run benchmarks/gpu.sh.")
     return steps, wholes, samples
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Returns a file's objects; a last line that was cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def fastest(figures: dict[str, Any], what: str) -> float:
@@ -50,14 +54,22 @@ def private_images_per_second(figures: dict[str, Any]) -> float:
     return figures["examples"] * figures["draws"] / fastest(figures, "private")
 
 
-def projected_minutes(steps: list[dict[str, Any]]) -> float:
-    """Returns the minutes of the published MNIST run, from the measured step with the most images per second."""
+def projection(steps: list[dict[str, Any]]) -> str | None:
+    """Returns the time of the published MNIST run in words, by the measured step with the most images per second.
+
+    None without a step that keeps a GPU busy: with few images it waits for its host, which a run of thousands does not.
+    """
+    rows = (r for r in steps if r["network"] == "mnist_28" and r["draws"] > 1 and r["examples"] * r["draws"] >= BUSY)
+    best = max(rows, key=private_images_per_second, default=None)
+    if best is None or not private_images_per_second(best):
+        return None
     config = configs.load([MNIST], quiet=True)
     epochs, batch, draws = config.train.num_epochs, config.train.expected_batch_size, config.loss.noise_multiplicity
     assert epochs is not None
-    best = max((r for r in steps if r["network"] == "mnist_28" and r["draws"] > 1), key=private_images_per_second)
     step = batch * draws / private_images_per_second(best) + best["noise_added_seconds"]
-    return math.floor(epochs * MNIST_IMAGES / batch) * step / 60
+    minutes = math.floor(epochs * MNIST_IMAGES / batch) * step / 60
+    shape = f"{best['examples']} x {best['draws']}"
+    return f"MNIST at epsilon 1 as published, projected from the step of {shape}: {minutes:.0f} minutes."
 
 
 def steps_table(steps: list[dict[str, Any]]) -> str:
@@ -116,10 +128,12 @@ def wholes_table(wholes: list[dict[str, Any]]) -> str:
 
 def report(steps: list[dict[str, Any]], wholes: list[dict[str, Any]], samples: list[dict[str, Any]]) -> str:
     """Returns everything as Markdown."""
-    parts = [f"Measured on {steps[0]['device']} with torch {steps[0]['torch']}.", steps_table(steps)]
-    if any(r["network"] == "mnist_28" and r["draws"] > 1 for r in steps):
-        minutes = projected_minutes(steps)
-        parts.append(f"MNIST at epsilon 1 as published, projected: {minutes:.0f} minutes.")
+    machine = next((r for r in (*steps, *samples, *wholes) if {"device", "torch"} <= r.keys()), None)
+    parts = [] if machine is None else [f"Measured on {machine['device']} with torch {machine['torch']}."]
+    if steps:
+        parts.append(steps_table(steps))
+    if said := projection(steps):
+        parts.append(said)
     if wholes:
         parts.append(wholes_table(wholes))
     if samples:

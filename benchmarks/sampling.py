@@ -181,15 +181,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "torch": torch.__version__,
     }
+
+    def count(name: str, way: Ours | Diffusers) -> dict[str, Any]:
+        return {
+            f"{name}_parameters": sum(p.numel() for p in way.network.parameters()),
+            f"{name}_operations": operations(way, problem.images),
+            f"{name}_evaluations": evaluations(way, way.draw(solver, num_steps, 1)),
+        }
+
+    figures |= count("ours", ours)
     try:
-        ways["diffusers"] = Diffusers(problem)
-        figures["diffusers"] = sys.modules["diffusers"].__version__
+        diffusers = Diffusers(problem)
+        figures |= {"diffusers": sys.modules["diffusers"].__version__} | count("diffusers", diffusers)
+        ways["diffusers"] = diffusers
     except ImportError:
         print(NOT_INSTALLED, file=sys.stderr)
-    for name, way in ways.items():
-        figures[f"{name}_parameters"] = sum(p.numel() for p in way.network.parameters())
-        figures[f"{name}_operations"] = operations(way, problem.images)
-        figures[f"{name}_evaluations"] = evaluations(way, way.draw(solver, num_steps, 1))
+    except Exception as error:  # of its faults our own figures do not die
+        print(f"diffusers is not measured: {type(error).__name__}: {error}.", file=sys.stderr)
     ours.record()
     for precision in arguments.precision:
         suffix, ours.precision = "" if precision == "float32" else f"_{precision}", precision
