@@ -77,6 +77,8 @@ def test_covariances_are_as_fine_as_their_noise_allows() -> None:
         found = np.linalg.eigvalsh((plain + plain.T) / 2 * noise / 6000)[-1]
         assert found < 0.13
     assert covariance_side(60_000, 28, 1, 0, 300.0) == 15  # without classes all images share one
+    small = (5, 7, 8, 10, 14, 16, 28)
+    assert [covariance_side(50_000, side, 1, 10, 8.95) for side in small] == [5, 7, 8, 8, 8, 9, 15]
 
 
 def test_classes_are_split_as_often_as_noise_allows() -> None:

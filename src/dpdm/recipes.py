@@ -27,6 +27,7 @@ COUNT_WEIGHT = 0.2  # makes the noise of the means 2 % more, and of a class's si
 # sixth noise would hide the finest frequencies. There DP-SGD has little to tell.
 COVARIANCE_COSTS = (2.4, 1.6)
 FINEST_COVARIANCE = 0.54  # of an image's frequencies each way, those that are bought: strokes and seams are in them
+FEWEST_FREQUENCIES = 8  # but as many at least, or all: in a few pixels strokes are at all of them
 COARSEST_COVARIANCE = 1 / 7  # with fewer nothing but blots is told apart
 # The noise multipliers of covariances by which classes are split, and of their cells, in the same ones: a thirty-sixth
 # and a sixth. Classes are split as often as the noise allows it, up to three times (tried at epsilon 1 and 10), and as
@@ -119,6 +120,7 @@ def covariance_side(
     """
     classes = max(num_classes, 1)
     finest, coarsest = (max(1, round(share * resolution)) for share in (FINEST_COVARIANCE, COARSEST_COVARIANCE))
+    finest = max(finest, min(resolution, FEWEST_FREQUENCIES))
     for side in range(finest, coarsest - 1, -1):
         size = num_channels * side**2
         small = classes * num_entries(size) <= LARGEST_SIZE
