@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -471,17 +472,22 @@ def dpdm(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
+def wait_for_steps(process: subprocess.Popen[Any], ledger: Path, meanwhile: Callable[[], object]) -> None:
+    """Returns when a run has bought some steps."""
+    deadline = time.monotonic() + 60
+    while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        meanwhile()
+
+
 def test_ctrl_c_saves_and_a_second_run_is_kept_out(images: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     run, steps = tmp_path / "w", 80
     keys = [f"data.path={images}", *TINY, f"train.num_iterations={steps}"]
     process = dpdm("train", "--workdir", run, "--", *keys)
     ledger = run / "private" / "ledger.jsonl"
-    deadline = time.monotonic() + 60
     try:
-        while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_steps(process, ledger, lambda: time.sleep(0.01))
         process.send_signal(signal.SIGSTOP)  # so that it cannot finish first
         for command in (["train", "--resume"], ["release"]):
             assert "at work" in refused(*command, "--workdir", run)
@@ -516,13 +522,8 @@ def test_the_end_of_the_terminal_saves(images: Path, tmp_path: Path) -> None:
     )
     os.close(slave)
     ledger = run / "private" / "ledger.jsonl"
-    deadline = time.monotonic() + 60
     try:
-        while not (ledger.exists() and ledger.read_bytes().count(b"\n") > 3):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            if select.select([master], [], [], 0.01)[0]:
-                os.read(master, 2**16)
+        wait_for_steps(process, ledger, lambda: select.select([master], [], [], 0.01)[0] and os.read(master, 2**16))
         os.close(master)
         assert process.wait(timeout=60) == 130
     finally:
