@@ -19,7 +19,7 @@ LAYERS = (
     ("commands", "planning_commands", "checking_commands"),
     ("private_tuning",),
     ("tune",),
-    ("synthesize", "step_audit", "run_audit", "half"),
+    ("synthesize", "step_audit", "run_audit", "written_anew"),
     ("evaluate", "verify", "audit"),
     ("train", "release"),
     ("consistency",),

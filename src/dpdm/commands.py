@@ -164,7 +164,7 @@ def train(config: tuple[str, ...], workdir: Path, resume: bool, words: tuple[str
     "source",
     type=PATH,
     metavar="PATH",
-    help="Convert this checkpoint of the original, or round this release.",
+    help="Convert this checkpoint of the original, or write this release anew.",
 )
 @click.option("--ema", type=float, metavar="RATE", help="Release this one of the averages in model.ema_rates.")
 @click.option("--preview", is_flag=True, help="Only draw images from each of the averages, to choose one by.")
@@ -191,8 +191,8 @@ def release(
     --preview shows what each of the averages that the run kept (model.ema_rates) draws, for --ema.
 
     With --from and --config it converts a checkpoint of the original DPDM; its statement then gives no guarantee,
-    because such a file records nothing from which one could be computed. With --from RELEASE --half --workdir DIR it
-    writes a finished release anew, its weights rounded; the statement says so and stays as it is otherwise.
+    because such a file records nothing from which one could be computed. With --from RELEASE --workdir DIR it writes a
+    finished release anew: with --half its weights rounded, with --selection its statement saying what was left out.
     """
     from dpdm import config as configs
     from dpdm.release import convert, make_release
@@ -213,21 +213,21 @@ def release(
         folder = make_release(Workdir(workdir), ema, half=half, selection=selection)
         print(f"{_what_it_is(folder)} Next: dpdm sample --workdir {workdir}", file=sys.stderr)
         return
-    if ema is not None or preview or selection is not None:
-        given = "--preview" if preview else "--selection" if ema is None else f"--ema {ema}"
-        raise InputError(
-            f"Expected neither --ema, --preview nor --selection with --from, got {given}: they are a run's."
-        )
+    if ema is not None or preview:
+        given = "--preview" if preview else f"--ema {ema}"
+        raise InputError(f"Expected neither --ema nor --preview with --from, got {given}: they are a run's.")
     if (source / "privacy.json").is_file():
-        from dpdm.half import halve
+        from dpdm.written_anew import write_anew
 
-        if workdir is None or not half or files or overrides:
+        if workdir is None or not (half or selection is not None) or files or overrides:
             raise InputError(
-                f"Expected --half, --workdir and nothing else with --from {source}, got others: a release is rounded "
-                "to float16 and written to another folder."
+                f"Expected --workdir, --half or --selection, and nothing else with --from {source}, got others: a "
+                "release is rounded to float16, or says more, in another folder."
             )
-        print(_what_it_is(halve(source, Workdir(workdir))), file=sys.stderr)
+        print(_what_it_is(write_anew(source, Workdir(workdir), half=half, selection=selection)), file=sys.stderr)
         return
+    if selection is not None:
+        raise InputError(f"Expected no --selection with --from {source}, got one: it is for a release's statement.")
     if not files:
         raise InputError(f"Expected --config, got none: {source} does not say what network it is of.")
     folder = convert(source, configs.load(files, overrides), Workdir(workdir or source.with_suffix("")), half=half)

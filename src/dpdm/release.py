@@ -145,13 +145,7 @@ def _average(config: Config, state: TrainState, rate: float) -> dict[str, Tensor
 def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool, selection: str | None) -> Path:
     config, state, ledger = _finished(workdir)
     if selection is not None:
-        check_plain(selection, "--selection", "dp.selection")
-        if not config.dp.enabled or not selection.strip():
-            raise InputError(
-                f"Expected --selection to be words for a private model's statement, got {selection!r}"
-                f"{'' if config.dp.enabled else ' for a public model'}: leave it out, or say what was chosen by what."
-            )
-        config = replace(config, dp=replace(config.dp, selection=f"{config.dp.selection}; {selection}"))
+        config = with_selection(config, selection)
     kept = config.model.ema_rates
     if ema_rate not in (None, config.model.ema_rate, *kept):
         rates = [config.model.ema_rate, *kept]
@@ -184,6 +178,23 @@ def _make_release(workdir: Workdir, ema_rate: float | None, *, half: bool, selec
     write_release(workdir, weights, redacted(config), statement, card)
     forget_keys(workdir)
     return workdir.release
+
+
+def with_selection(config: Config, selection: str) -> Config:
+    """Returns a private model's config in which ``dp.selection`` says one thing more.
+
+    Raises:
+        InputError: if it says nothing, cannot be published as it is, or the model is public.
+    """
+    check_plain(selection, "--selection", "dp.selection")
+    if not config.dp.enabled or not selection.strip():
+        raise InputError(
+            f"Expected --selection to be words for a private model's statement, got {selection!r}"
+            f"{'' if config.dp.enabled else ' for a public model'}: leave it out, or say what was chosen by what."
+        )
+    config = replace(config, dp=replace(config.dp, selection=f"{config.dp.selection}; {selection}"))
+    check_names(config)
+    return config
 
 
 def sampling_config(workdir: Workdir) -> Config:

@@ -1,4 +1,4 @@
-"""Releases with weights rounded to float16: half the size, the same statement, and said wherever it matters."""
+"""Releases written anew: with rounded weights, which is said wherever it matters, or with a fuller statement."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from tests.made_release import edit, hash_again, make_release, rewrite_weights
 
 from dpdm.cli import run_command
 from dpdm.errors import InputError, RunError
-from dpdm.half import halve
-from dpdm.release import load_denoiser
+from dpdm.release import load_config, load_denoiser
 from dpdm.released_files import to_half
 from dpdm.verify import page, verify
 from dpdm.workdir import Workdir
+from dpdm.written_anew import write_anew
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_rounded_release_is_the_same_but_for_rounding(release: Path, tmp_path:
 
 
 def test_weights_are_the_nearest_and_are_computed_with_in_float32(release: Path, tmp_path: Path) -> None:
-    half = halve(release, Workdir(tmp_path / "half"))
+    half = write_anew(release, Workdir(tmp_path / "half"), half=True)
     stored, before = load_file(half / "model.safetensors"), load_file(release / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     loaded = dict(load_denoiser(half).network.named_parameters())
@@ -82,18 +82,18 @@ def test_what_does_not_agree_with_its_statement_is_not_written_anew(release: Pat
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(RunError, match=r"agree with its own statement, got: model\.safetensors differs"):
-        halve(release, Workdir(tmp_path / "half"))
+        write_anew(release, Workdir(tmp_path / "half"), half=True)
     assert not (tmp_path / "half").exists()
     hash_again(release)
-    halve(release, Workdir(tmp_path / "half"))
+    write_anew(release, Workdir(tmp_path / "half"), half=True)
 
 
 def test_a_rounded_release_is_not_rounded_again_nor_over_a_run(release: Path, tmp_path: Path) -> None:
-    half = halve(release, Workdir(tmp_path / "half"))
+    half = write_anew(release, Workdir(tmp_path / "half"), half=True)
     with pytest.raises(InputError, match="use it as it is"):
-        halve(half, Workdir(tmp_path / "again"))
+        write_anew(half, Workdir(tmp_path / "again"), half=True)
     with pytest.raises(InputError, match="choose another --workdir"):
-        halve(release, Workdir(tmp_path / "half"))
+        write_anew(release, Workdir(tmp_path / "half"), half=True)
 
 
 def test_weights_beyond_float16_are_refused() -> None:
@@ -103,10 +103,50 @@ def test_weights_beyond_float16_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [[], ["--half"], ["--workdir", "W"], ["--half", "--workdir", "W", "--", "dp.delta=1"]]
+    "given",
+    [[], ["--half"], ["--selection", "by eye"], ["--workdir", "W"], ["--half", "--workdir", "W", "--", "dp.delta=1"]],
 )
-def test_a_release_is_rounded_into_another_folder_or_not_at_all(
+def test_a_release_is_written_anew_into_another_folder_or_not_at_all(
     release: Path, given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(["release", "--from", str(release), *given]) == 2
-    assert "Expected --half, --workdir and nothing else" in capsys.readouterr().err
+    assert "Expected --workdir, --half or --selection, and nothing else" in capsys.readouterr().err
+
+
+def test_a_release_says_more_of_its_choices_and_is_the_same_otherwise(release: Path, tmp_path: Path) -> None:
+    words = "the average was chosen by accuracy on the private images"
+    given = ["release", "--from", str(release), "--selection", words, "--workdir", str(tmp_path / "told")]
+    assert run_command(given) == 0
+    told = tmp_path / "told" / "release"
+    found = verify(told)
+    assert found.problems == []
+    before = json.loads((release / "privacy.json").read_text(encoding="utf-8"))
+    assert found.statement["hyperparameters"] == f"{before['hyperparameters']}; {words}"
+    changed = {name for name in {*before, *found.statement} if before.get(name) != found.statement.get(name)}
+    assert changed == {"hyperparameters", "files"}
+    assert load_config(told).dp.selection == found.statement["hyperparameters"]
+    for name in ("model.safetensors", "README.md"):
+        assert (told / name).read_bytes() == (release / name).read_bytes()
+
+
+def test_a_rounded_release_can_still_say_more(release: Path, tmp_path: Path) -> None:
+    half = write_anew(release, Workdir(tmp_path / "half"), half=True)
+    told = write_anew(half, Workdir(tmp_path / "told"), selection="by eye")
+    assert verify(told).problems == []
+    assert (told / "model.safetensors").read_bytes() == (half / "model.safetensors").read_bytes()
+    assert "float16" in json.loads((told / "privacy.json").read_text(encoding="utf-8"))["rounding"]
+
+
+@pytest.mark.parametrize("words", [" ", "by /home/me/figures.csv"])
+def test_words_that_cannot_be_published_are_not_added(release: Path, tmp_path: Path, words: str) -> None:
+    with pytest.raises(InputError, match=r"--selection|dp\.selection"):
+        write_anew(release, Workdir(tmp_path / "told"), selection=words)
+    assert not (tmp_path / "told").exists()
+
+
+def test_a_checkpoint_of_the_original_has_no_statement_to_add_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["release", "--from", str(tmp_path / "model.pth"), "--config", "c.yaml", "--selection", "by eye"]
+    assert run_command(given) == 2
+    assert "Expected no --selection with --from" in capsys.readouterr().err
