@@ -115,6 +115,16 @@ def test_the_result_is_kept_and_shown(real: ImageArchive, held_out: ImageArchive
     assert result["extractor"] in sections(result)[1].explanation
 
 
+def test_figures_on_public_images_are_not_called_private(real: ImageArchive, tmp_path: Path) -> None:
+    workdir = Workdir(tmp_path / "w")
+    workdir.root.mkdir()
+    config = configs.load([], ["data.name=stripes", "data.public=true", "dp.enabled=false", "data.class_names=[a,b]"])
+    workdir.config.write_text(configs.to_yaml(config), encoding="utf-8")
+    result = evaluate(workdir, stripes(50, seed=2), real, None)
+    assert "declared public" in result["note"]
+    assert "private" not in summary(result)
+
+
 def test_images_of_another_shape_are_refused(real: ImageArchive, tmp_path: Path) -> None:
     other = ImageSet("other", np.zeros((3, 3, 8, 8), np.uint8), None)
     with pytest.raises(InputError, match=r"\(1, 8, 8\).*\(3, 8, 8\)"):

@@ -36,6 +36,8 @@ from dpdm.privacy.accounting import Mechanism, spend_from
 from dpdm.release import sampling_config
 from dpdm.workdir import Workdir
 
+PRIVATE_NOTE = "computed on private images without noise: outside the guarantee, not to be shared"
+PUBLIC_NOTE = "computed on images that are declared public"
 LARGEST_SET = 65_000  # images of one kind that are measured: the paper trains on 60,000, and 5,000 are held out
 REPORT_IMAGES = 600
 CURVE_POINTS = 12
@@ -129,7 +131,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures synthetic images against real ones, writes ``private/evaluation.json`` and returns its content.
 
-    Everything here is computed on private images without noise: outside the guarantee, for the owner alone.
+    Everything here is computed on real images without noise: outside the guarantee, for the owner of private ones alone.
 
     Args:
         workdir: of the run; if its checkpoint holds warm-up weights, images of these are measured beside.
@@ -145,9 +147,9 @@ def evaluate(
     _check_alike(synthetic, real)
     if classifiers:
         _check_classifiers(synthetic, real, holdout)
+    config = configs.load([workdir.config]) if workdir.config.exists() else None
     if synthetic.labels is not None:
-        names = configs.load([workdir.config]).data.class_names if workdir.config.exists() else real.class_names
-        _check_classes(names or (), real, holdout)
+        _check_classes((config.data.class_names if config else real.class_names) or (), real, holdout)
     train_set = read_set("real", real)
     test_set = None if holdout is None else read_set("held-out real", holdout)
     sets = [synthetic]
@@ -158,7 +160,7 @@ def evaluate(
     extractor = extractor_for(train_set, real.num_classes if labelled else 0)
     target = feature_statistics(extract(extractor, train_set.images))
     result: dict[str, Any] = {
-        "note": "computed on private images without noise: outside the guarantee, not to be shared",
+        "note": PUBLIC_NOTE if config and not config.dp.enabled else PRIVATE_NOTE,
         "extractor": extractor.name,
         "num_synthetic": len(synthetic.images),
         "num_real": len(train_set.images),
@@ -335,7 +337,7 @@ def read_set(name: str, archive: ImageArchive) -> ImageSet:
 
 def summary(result: dict[str, Any]) -> str:
     """Returns an evaluation as lines for the terminal."""
-    lines = ["Measured on private images, outside the guarantee:"]
+    lines = [f"{result['note'][0].upper()}{result['note'][1:]}."]
     if "accuracy" in result:
         values = ", ".join(f"{name} {100 * value['value']:.1f} %" for name, value in result["accuracy"].items())
         lines.append(f"  logistic regression on held-out real images, trained on: {values}")

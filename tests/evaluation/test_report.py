@@ -205,6 +205,8 @@ def test_a_run_without_privacy_says_so(tmp_path: Path) -> None:
     page = private_page(tmp_path, guarantee=None)
     assert "No guarantee" in page
     assert "ε =" not in page
+    assert "declared public" in page
+    assert "private" not in page.lower()
 
 
 @pytest.mark.parametrize("shape", [(200, 3, 64, 64), (130, 3, 32, 32), (20, 3, 128, 96)])
