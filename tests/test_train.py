@@ -403,6 +403,17 @@ def test_an_archive_that_was_prepared_into_the_run_is_the_users(
     assert workdir.train_archive.read_bytes() == archive.read_bytes()
 
 
+def test_a_run_goes_on_with_its_own_images_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workdir, elsewhere = Workdir(tmp_path / "w"), tmp_path / "elsewhere"
+    train(tiny(Path("digits"), "train.num_iterations=1"), workdir)
+    train(tiny(Path("digits"), "train.num_iterations=1"), workdir, resume=True)
+    assert "is not read" not in capsys.readouterr().err
+    train(tiny(elsewhere, "train.num_iterations=1"), workdir, resume=True)
+    said = f"data.path={elsewhere} is not read: the run goes on with the images that it prepared from digits."
+    assert said in capsys.readouterr().err
+    assert config.load([workdir.config]).data.path == "digits"
+
+
 def test_an_existing_run_needs_resume_and_its_own_config(archive: Path, tmp_path: Path) -> None:
     workdir = Workdir(tmp_path / "w")
     train(tiny(archive, "train.num_iterations=1"), workdir)

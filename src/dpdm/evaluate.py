@@ -131,7 +131,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures synthetic images against real ones, writes ``private/evaluation.json`` and returns its content.
 
-    Everything here is computed on real images without noise: outside the guarantee, for the owner of private ones alone.
+    Everything here is computed on real images without noise: outside the guarantee, for their owner alone.
 
     Args:
         workdir: of the run; if its checkpoint holds warm-up weights, images of these are measured beside.

@@ -295,6 +295,8 @@ def _open_books(
         plan = _as_begun(plan, ledger.header)
         header["plan"] = plain_plan(plan)
         _check_header(ledger.header, header, workdir)
+        if _is_the_runs(archive.path, workdir):
+            config = _of_where_images_came_from(config, workdir)
         configs.save(config, workdir.config)  # with what may change: where things lie, how images are drawn, names
     else:
         configs.save(config, workdir.config)
@@ -304,6 +306,18 @@ def _open_books(
     run = Run(config, archive, plan, denoiser, device, fingerprint, size, images)
     books = Books(run, workdir, ledger, key, execution="")  # open_run fills it in, of all processes
     return run, books, _state_of(run, workdir, ledger)
+
+
+def _of_where_images_came_from(config: Config, workdir: Workdir) -> Config:
+    """Returns the config with the ``data.path`` of which a run prepared its images; says if another was given."""
+    path = configs.values([workdir.config])["data.path"] if workdir.config.exists() else config.data.path
+    if path != config.data.path:
+        print(
+            f"dpdm: data.path={config.data.path} is not read: the run goes on with the images that it prepared from "
+            f"{path}.",
+            file=sys.stderr,
+        )
+    return replace(config, data=replace(config.data, path=path))
 
 
 def _may_open(config: Config, workdir: Workdir, *, resume: bool) -> bool:
