@@ -58,6 +58,7 @@ def synthesize_command(
     delta: float | None,
     resolution: str | None,
     transform: "Transform | None",
+    grey_bits: int,
     groups: str | None,
     num_images: int | None,
     overrides: tuple[str, ...],
@@ -69,7 +70,9 @@ def synthesize_command(
     """
     from dpdm.synthesize import Request, synthesize
 
-    request = Request(source, epsilon, delta, resolution_of(resolution), transform, num_images, overrides, groups)
+    request = Request(
+        source, epsilon, delta, resolution_of(resolution), transform, num_images, overrides, groups, grey_bits
+    )
     synthesize(request, Workdir(workdir))
     _finished(Workdir(workdir))
 
@@ -88,6 +91,7 @@ def prepare(
     dest: Path,
     resolution: str | None,
     transform: "Transform | None",
+    grey_bits: int,
     groups: str | None,
     split: Literal["train", "holdout"],
     attribute: str | None,
@@ -103,6 +107,7 @@ def prepare(
         dest,
         resolution=resolution_of(resolution),
         transform=transform,
+        grey_bits=grey_bits,
         split=split,
         attribute=attribute,
         groups=groups,

@@ -52,6 +52,13 @@ def config_options(command: Command) -> Command:
 
 def source_options(command: Command) -> Command:
     command = click.option(
+        "--grey-bits",
+        type=int,
+        default=16,
+        metavar="BITS",
+        help="How many of their 16 bits grey images use, such as a scanner's 12; default: 16.",
+    )(command)
+    command = click.option(
         "--transform",
         type=click.Choice(TRANSFORMS),
         help="Cut images to their central square, or to the central part that has the shape of --resolution, which is "

@@ -15,7 +15,7 @@ from dpdm.config import Config
 from dpdm.data.archive import ImageArchive, Unit
 from dpdm.data.prepare import prepare_with_holdout
 from dpdm.data.sources import source_path
-from dpdm.data.transforms import Resolution, Transform
+from dpdm.data.transforms import MAX_GREY_BITS, Resolution, Transform
 from dpdm.errors import InputError, RunError
 from dpdm.evaluate import ImageSet, evaluate, read_synthetic, summary, write_reports
 from dpdm.files import write_json, write_text
@@ -53,6 +53,7 @@ class Request:
         num_images: synthetic images; None: as many as there are real ones, or groups of them.
         overrides: key=value pairs on top of the recipe.
         groups: see ``with_groups``; images that have groups are protected as groups.
+        grey_bits: of 16-bit grey images, how many are used.
     """
 
     source: str
@@ -63,6 +64,7 @@ class Request:
     num_images: int | None = None
     overrides: tuple[str, ...] = ()
     groups: str | None = None
+    grey_bits: int = MAX_GREY_BITS
 
     def __post_init__(self) -> None:
         account.check_target(self.epsilon, None, "--epsilon", "dp.noise_multiplier")
@@ -155,6 +157,7 @@ def prepare_data(request: Request, workdir: Workdir) -> tuple[ImageArchive, Imag
             fraction=HOLDOUT_FRACTION,
             resolution=request.resolution,
             transform=request.transform,
+            grey_bits=request.grey_bits,
             groups=request.groups,
             overwrite=True,
         )

@@ -108,6 +108,24 @@ def test_crop_and_resize(tmp_path: Path) -> None:
     assert cropped.resolution == 8
 
 
+def test_a_scanners_bits_are_those_of_all_archives(tmp_path: Path) -> None:
+    source = tmp_path / "scans"
+    source.mkdir()
+    for index in range(12):
+        values = np.full((4, 4), 4095 - index, np.uint16)
+        Image.fromarray(values).save(source / f"{index}.png")
+    plain = prepare(str(source), tmp_path / "plain.zip")
+    bright = prepare(str(source), tmp_path / "bright.zip", grey_bits=12)
+    assert plain.read([0]).max() == 16  # nearly black
+    assert bright.read([0]).min() == 255
+    both = prepare_with_holdout(
+        str(source), tmp_path / "t.zip", tmp_path / "h.zip", holdout_key=bytes(32), fraction=0.5, grey_bits=12
+    )
+    assert all(archive.read(np.arange(archive.num_images)).min() >= 254 for archive in both)
+    with pytest.raises(InputError, match="Expected --grey-bits from 9 to 16, got 8"):
+        prepare(str(source), tmp_path / "other.zip", grey_bits=8)
+
+
 @pytest.mark.parametrize("resolution", [None, 4])
 def test_sizes_that_differ_are_listed_with_the_remedy(tmp_path: Path, resolution: int | None) -> None:
     sizes = [(4, 4), (4, 4), (6, 9), (5, 4), (4, 7), (8, 5), (9, 2), (3, 4)]

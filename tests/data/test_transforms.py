@@ -14,6 +14,7 @@ from dpdm.data.archive import encode_png
 from dpdm.data.transforms import (
     Resolution,
     Transform,
+    check_grey_bits,
     check_resolution,
     decode,
     fit,
@@ -119,6 +120,41 @@ def test_white_may_be_zero_in_8_and_in_16_bits() -> None:
 def test_12_bits_are_scaled_to_8() -> None:
     packed = bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x80])  # 0, 4095, 2048, 128: as TIFF packs them
     np.testing.assert_array_equal(pixels(tiff(packed, 4, bits=12), 1)[0], [[0, 255, 128, 8]])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_scanners_bits_fill_the_range(kind: str) -> None:
+    content = encode(Image.fromarray(np.array([[0, 8, 9, 2048, 4094, 4095]], np.uint16)), kind)
+    found = to_array(decode("a", content, 1, grey_bits=12))
+    np.testing.assert_array_equal(found[0], [[0, 0, 1, 128, 255, 255]])  # round(v 255 / 4095)
+    colour = to_array(decode("a", content, 3, grey_bits=12))
+    np.testing.assert_array_equal(colour, np.repeat(found, 3, axis=0))
+
+
+def test_a_scanners_bits_and_white_at_zero() -> None:
+    content = tiff(np.array([0, 4095, 2048], "<u2").tobytes(), 3, bits=16, photometric=0)
+    np.testing.assert_array_equal(to_array(decode("a", content, 1, grey_bits=12))[0], [[255, 0, 127]])
+
+
+def test_bits_change_nothing_where_a_file_says_how_many_it_has() -> None:
+    eight = encode(Image.fromarray(np.array([[0, 7, 255]], np.uint8)))
+    np.testing.assert_array_equal(to_array(decode("a", eight, 1, grey_bits=12))[0], [[0, 7, 255]])
+    packed = bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x80])
+    np.testing.assert_array_equal(
+        to_array(decode("a", tiff(packed, 4, bits=12), 1, grey_bits=10))[0], [[0, 255, 128, 8]]
+    )
+
+
+def test_a_pixel_beyond_the_bits_is_named() -> None:
+    content = encode(Image.fromarray(np.array([[0, 4096]], np.uint16)))
+    with pytest.raises(InputError, match=r"scan\.png: .*a pixel of 4096, expected at most 4095 by --grey-bits 12"):
+        decode("scan.png", content, 1, grey_bits=12)
+
+
+@pytest.mark.parametrize("bits", [8, 17])
+def test_bits_that_no_16_bit_image_has_are_refused(bits: int) -> None:
+    with pytest.raises(InputError, match=f"Expected --grey-bits from 9 to 16, got {bits}"):
+        check_grey_bits(bits)
 
 
 def test_signed_pixels_are_named() -> None:

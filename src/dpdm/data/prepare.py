@@ -31,9 +31,11 @@ from dpdm.data.records import Split, list_names
 from dpdm.data.resume import Unfinished, unfinished
 from dpdm.data.sources import open_source, source_path
 from dpdm.data.transforms import (
+    MAX_GREY_BITS,
     MAX_RESOLUTION,
     Resolution,
     Transform,
+    check_grey_bits,
     check_resolution,
     decode,
     fit,
@@ -58,6 +60,7 @@ def prepare(
     *,
     resolution: Resolution | None = None,
     transform: Transform | None = None,
+    grey_bits: int = MAX_GREY_BITS,
     split: Literal["train", "holdout"] = "train",
     attribute: str | None = None,
     groups: str | None = None,
@@ -72,6 +75,7 @@ def prepare(
         resolution: side of the result; None keeps the size, which must then be common to all. "center-crop-wide"
             takes (width, height), and the result's side is the width.
         transform: see ``fit``; None expects square images.
+        grey_bits: of 16-bit grey images, how many are used, see ``decode``; a public fact.
         split: the source's "train" split (all of it where it has no own hold-out), or its own "holdout".
         attribute: see ``open_source``.
         groups: see ``with_groups``.
@@ -84,11 +88,12 @@ def prepare(
     """
     _check_dest(source, dest, overwrite)
     check_resolution(resolution, transform)
+    check_grey_bits(grey_bits)
     splits = with_groups(open_source(source, cache_dir=cache_dir, attribute=attribute), groups)
     if split not in splits:
         raise InputError(f"Expected split={split!r} to be one of {', '.join(splits)}: {source} has no other.")
     chosen = [splits[split]]
-    recipe = _Recipe(source, chosen, [TRAIN], _num_channels(source, chosen), resolution, transform)
+    recipe = _Recipe(source, chosen, [TRAIN], _num_channels(source, chosen), resolution, transform, grey_bits)
     with unfinished([dest], chosen[0].class_names, recipe.groups_of_archives()[:1]) as work:
         _write(recipe, work)
     return ImageArchive(dest)
@@ -103,6 +108,7 @@ def prepare_with_holdout(
     fraction: float = 1 / 6,
     resolution: Resolution | None = None,
     transform: Transform | None = None,
+    grey_bits: int = MAX_GREY_BITS,
     groups: str | None = None,
     overwrite: bool = False,
     cache_dir: Path | None = None,
@@ -120,6 +126,7 @@ def prepare_with_holdout(
         fraction: expected part of the records that is held out, in (0, 1).
         resolution: see ``prepare``.
         transform: see ``prepare``.
+        grey_bits: see ``prepare``.
         groups: see ``with_groups``.
         overwrite: replace existing archives.
         cache_dir: where downloads are kept.
@@ -136,11 +143,12 @@ def prepare_with_holdout(
         raise InputError(f"Expected 0 < fraction={fraction} < 1: it is the part of the images that is held out.")
     _check_key(holdout_key)
     check_resolution(resolution, transform)
+    check_grey_bits(grey_bits)
     splits = with_groups(open_source(source, cache_dir=cache_dir), groups)
     parts = list(splits.values())
     sides = [HOLDOUT if name == "holdout" else TRAIN for name in splits] if "holdout" in splits else None
     channels = _num_channels(source, parts)
-    recipe = _Recipe(source, parts, sides, channels, resolution, transform, holdout_key, fraction)
+    recipe = _Recipe(source, parts, sides, channels, resolution, transform, grey_bits, holdout_key, fraction)
     with unfinished([train_dest, holdout_dest], splits["train"].class_names, recipe.groups_of_archives()) as work:
         _write(recipe, work)
         train, held_out = (body.num_images for body in work.bodies)
@@ -197,7 +205,7 @@ class _Recipe:
         source: for messages.
         splits: the records are all of the first split, then all of the next.
         sides: the archive of each split; None: of each record, by its keyed hash.
-        num_channels, resolution, transform: see ``decode`` and ``fit``.
+        num_channels, resolution, transform, grey_bits: see ``decode`` and ``fit``.
         key, fraction: see ``is_held_out``.
         bad: a message for each record that cannot be used.
         sizes: each size with the first record that has it.
@@ -209,6 +217,7 @@ class _Recipe:
     num_channels: int
     resolution: Resolution | None
     transform: Transform | None
+    grey_bits: int
     key: bytes = b""
     fraction: float = 0.0
     bad: list[str] = field(default_factory=list)
@@ -222,7 +231,8 @@ class _Recipe:
         """
         code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
         libraries = [PIL.__version__, *(features.version(name) for name in ("jpg", "zlib", "webp", "libtiff"))]
-        options = [self.sides, self.num_channels, self.resolution, self.transform, self.key.hex(), self.fraction]
+        options = [self.sides, self.num_channels, self.resolution, self.transform, self.grey_bits]
+        options += [self.key.hex(), self.fraction]
         shapes = [[split.num_images, split.class_names, split.labels is not None] for split in self.splits]
         digest = hashlib.sha256(json.dumps([options, shapes, libraries]).encode() + hashlib.sha256(code).digest())
         for split in self.splits:
@@ -242,7 +252,9 @@ class _Recipe:
         try:
             content = split.read(index)
             with _LARGE_ONE if _is_large(name, content) else contextlib.nullcontext():
-                image = fit(decode(name, content, self.num_channels), self.resolution, self.transform)
+                image = fit(
+                    decode(name, content, self.num_channels, grey_bits=self.grey_bits), self.resolution, self.transform
+                )
             if max(image.size) > MAX_RESOLUTION:
                 raise InputError(f"{name}: {image.width}x{image.height}, expected at most {MAX_RESOLUTION} a side")
         except InputError as error:

@@ -18,6 +18,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it merely warns
 MAX_RESOLUTION = 4096
+MIN_GREY_BITS, MAX_GREY_BITS = 9, 16
 
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 WHITE_IS_ZERO, SIGNED = 0, (2,)
@@ -68,16 +69,19 @@ def is_grey(name: str, content: bytes | NDArray[np.uint8]) -> bool:
     return open_image(name, content).mode in GREY_MODES
 
 
-def decode(name: str, content: bytes | NDArray[np.uint8], num_channels: int) -> Image.Image:
+def decode(
+    name: str, content: bytes | NDArray[np.uint8], num_channels: int, *, grey_bits: int = MAX_GREY_BITS
+) -> Image.Image:
     """Decodes to mode L (``num_channels`` 1) or RGB (3), upright by its EXIF orientation.
 
-    Transparent parts are composited on black; 16-bit grey v becomes round(v / 257), 12-bit grey round(v 255 / 4095);
-    of 16-bit RGB Pillow keeps the upper 8 bits; palettes, CMYK and YCbCr become RGB, without regard to colour
-    profiles. What the file says beside the pixels is left behind.
+    Transparent parts are composited on black. 16-bit grey v becomes round(v 255 / (2^b - 1)), where b, ``grey_bits``,
+    is how many bits a scanner uses of 16; so does 12-bit grey, whose b is 12 whatever is asked. Of 16-bit RGB Pillow
+    keeps the upper 8 bits. Palettes, CMYK and YCbCr become RGB, without regard to colour profiles. What the file says
+    beside the pixels is left behind.
 
     Raises:
         InputError: naming the image, if it is truncated, damaged, animated, too large, or of floating-point or signed
-            pixels.
+            pixels, or brighter than ``grey_bits`` can say.
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content).convert("L" if num_channels == 1 else "RGB")
@@ -85,7 +89,7 @@ def decode(name: str, content: bytes | NDArray[np.uint8], num_channels: int) -> 
     try:
         grey = image.mode in GREY_MODES
         # Grey first becomes L and then RGB, so that both renditions of a grey image hold the same values.
-        image = _to_8_bit(_upright(image), "L" if grey else "RGB")
+        image = _to_8_bit(_upright(image), "L" if grey else "RGB", grey_bits)
         image = _convert(image, "L" if num_channels == 1 else "RGB")
         image.info.clear()  # a place, a date, a camera's number: Pillow would save some of it with the pixels
         return image
@@ -98,7 +102,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"], grey_bits: int) -> Image.Image:
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     if tags.get(BITS_PER_SAMPLE) == (32,) and image.mode == "I":
         raise ValueError("32-bit pixels, expected 8 or 16 bits")
@@ -111,7 +115,9 @@ def _to_8_bit(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
         transparent = image.info.get("transparency")
         if transparent is not None:
             values[values == transparent] = 0
-        white = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
+        white = 2 ** (12 if tags.get(BITS_PER_SAMPLE) == (12,) else grey_bits) - 1
+        if values.max() > white:
+            raise ValueError(f"a pixel of {values.max()}, expected at most {white} by --grey-bits {grey_bits}")
         if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # as X-rays are; Pillow turns those of 8 bits alone
             values = white - values
         return Image.fromarray(((2 * 255 * values + white) // (2 * white)).astype(np.uint8))
@@ -185,6 +191,14 @@ def parse_resolution(text: str) -> Resolution:
     if not (1 <= width <= MAX_RESOLUTION and 1 <= height <= MAX_RESOLUTION):
         raise InputError(f"Expected resolution={text!r} to be WIDTHxHEIGHT, like 32x32, of at most {MAX_RESOLUTION}.")
     return width if width == height else (width, height)
+
+
+def check_grey_bits(grey_bits: int) -> None:
+    """Raises InputError for bits that no 16-bit image has."""
+    if not MIN_GREY_BITS <= grey_bits <= MAX_GREY_BITS:
+        raise InputError(
+            f"Expected --grey-bits from {MIN_GREY_BITS} to {MAX_GREY_BITS}, got {grey_bits}: a scanner's are often 12."
+        )
 
 
 def check_resolution(resolution: Resolution | None, transform: Transform | None) -> None:
