@@ -40,6 +40,7 @@ def fid_stats(
     dest: Path,
     resolution: str | None,
     transform: "Transform | None",
+    grey_bits: int,
     split: Literal["train", "holdout"],
     extractor: str,
 ) -> None:
@@ -50,7 +51,7 @@ def fid_stats(
     """
     from dpdm.fidelity import Source, make_statistics
 
-    found = make_statistics(Source(source, split, resolution_of(resolution), transform), dest, extractor)
+    found = make_statistics(Source(source, split, resolution_of(resolution), transform, grey_bits), dest, extractor)
     if speaks():
         print(f"{dest}: {len(found.mu)} features of {found.count} images ({found.extractor})")
         print("Computed without noise: if the images are private, so is this file.", file=sys.stderr)

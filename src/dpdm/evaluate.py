@@ -164,6 +164,7 @@ def evaluate(
         "extractor": extractor.name,
         "num_synthetic": len(synthetic.images),
         "num_real": len(train_set.images),
+        "num_images": {s.name: len(s.images) for s in (sets if test_set is None else [*sets, test_set])},
         "frechet": {s.name: distance(extractor, s, target) for s in sets},
         "variance_share": {s.name: _variance(s, labelled) / max(_variance(train_set, labelled), 1e-12) for s in sets},
     }
@@ -288,9 +289,13 @@ def sections(result: dict[str, Any]) -> tuple[Section, ...]:
     if "classifiers" in result:
         tables.append(_classifier_section(result["classifiers"]))
     rows = tuple(
-        Measurement(f"{name[0].upper()}{name[1:]} images", f"{v:.3g}") for name, v in result["frechet"].items()
+        Measurement(f"{name[0].upper()}{name[1:]} images", f"{v:.3g}", f"{result['num_images'][name]} images")
+        for name, v in result["frechet"].items()
     )
-    explanation = f"To the {result['num_real']} real training images; lower is closer. Features: {result['extractor']}."
+    explanation = (
+        f"To the {result['num_real']} real training images; lower is closer, fewer images are farther: compare sets of "
+        f"one size. Features: {result['extractor']}."
+    )
     tables.append(Section("Fréchet distance", rows, explanation))
     rows = tuple(
         Measurement(f"{name[0].upper()}{name[1:]} images", f"{100 * v:.0f} %")
@@ -344,7 +349,8 @@ def summary(result: dict[str, Any]) -> str:
     for name, found in result.get("classifiers", {}).items():
         values = ", ".join(f"{classifier} {100 * value['value']:.1f} %" for classifier, value in found.items())
         lines.append(f"  classifiers on held-out real images, trained on {name}: {values}")
-    lines.append("  Frechet distance: " + ", ".join(f"{name} {v:.3g}" for name, v in result["frechet"].items()))
+    values = ", ".join(f"{name} ({result['num_images'][name]}) {v:.3g}" for name, v in result["frechet"].items())
+    lines.append(f"  Frechet distance of so many images, which is larger of fewer: {values}")
     lines.append(f"    ({result['extractor']})")
     shares = ", ".join(f"{name} {100 * v:.0f} %" for name, v in result["variance_share"].items())
     lines.append(f"  within-class variance, share of the real: {shares}")

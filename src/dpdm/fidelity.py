@@ -13,7 +13,15 @@ from dpdm import distributed
 from dpdm.data.archive import ImageArchive, is_archive
 from dpdm.data.folders import Tree, folder_tree, zip_tree
 from dpdm.data.prepare import prepare
-from dpdm.data.transforms import MAX_RESOLUTION, Resolution, Transform, decode, is_grey, to_array
+from dpdm.data.transforms import (
+    MAX_GREY_BITS,
+    MAX_RESOLUTION,
+    Resolution,
+    Transform,
+    decode,
+    is_grey,
+    to_array,
+)
 from dpdm.device import pick_device, use_full_precision
 from dpdm.errors import InputError
 from dpdm.evaluation.arrays import read_arrays
@@ -52,6 +60,7 @@ class Source:
     split: Literal["train", "holdout"] = "train"
     resolution: Resolution | None = None
     transform: Transform | None = None
+    grey_bits: int = MAX_GREY_BITS
 
 
 def make_statistics(source: Source, dest: Path, extractor: str) -> Statistics:
@@ -161,12 +170,20 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if "kid" in result:
         compared = f"{result['num_compared'][0]} synthetic and {result['num_compared'][1]} real images"
         kid = result["kid"]
-        found.append(("KID", f"{kid['mean']:.3g} ± {kid['std']:.2g}", f"{KERNEL_SUBSETS} subsets of {kid['subset']}"))
+        differ = "" if kid["subset"] >= min(result["num_compared"]) else f", which differ by {kid['std']:.2g}"
+        subsets = f"mean of {KERNEL_SUBSETS} subsets of {kid['subset']}{differ}"
+        found.append(("KID", f"{kid['mean']:.3g}", subsets))
         found.append(("Precision", f"{result['precision']:.3f}", compared))
         found.append(("Recall", f"{result['recall']:.3f}", compared))
     if "inception_score" in result:
         score = result["inception_score"]
-        found.append(("Inception score", f"{score['mean']:.4g} ± {score['std']:.2g}", "synthetic images alone"))
+        found.append(
+            (
+                "Inception score",
+                f"{score['mean']:.4g}",
+                f"synthetic images alone, mean of 10 parts, which differ by {score['std']:.2g}",
+            )
+        )
     return found
 
 
@@ -253,7 +270,14 @@ def _temporary_folder(dest: Path) -> Path:
 
 
 def _prepare(source: Source, dest: Path) -> None:
-    prepare(source.source, dest, resolution=source.resolution, transform=source.transform, split=source.split)
+    prepare(
+        source.source,
+        dest,
+        resolution=source.resolution,
+        transform=source.transform,
+        grey_bits=source.grey_bits,
+        split=source.split,
+    )
 
 
 def _without_overview(tree: Tree) -> list[str]:

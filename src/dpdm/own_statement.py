@@ -70,8 +70,9 @@ WORDS = {
         "what was bought before, one image of each person, chosen at random, adds the product of a vector with itself: "
         "a constant and its distance from where that part is expected, clipped together",
         assumptions=(
-            "The groups are right: all images that show a person are in one group. Whoever is in several groups is "
-            "protected as so many persons are together (see group_privacy).",
+            "Each group holds all images that show one person, and none that shows anybody else. Whoever is in k "
+            "groups, with others in some of them, is protected as up to 2 k persons are together; with nobody else in "
+            "them, as k (see group_privacy).",
         ),
         not_covered=(
             "The public facts: the number of persons, the size of the images, the list of classes and the split.",

@@ -91,12 +91,20 @@ def test_within_class_variance_equals_a_loop_over_pixels() -> None:
     labels = np.r_[np.zeros(1200, int), rng.integers(1, 4, 99), 9]  # a class of more than one chunk, a class of one
     images[labels == 0] //= 4
     expected = sum(
-        np.mean(labels == c)
+        np.sum(labels == c)
         * np.mean([np.var(images[labels == c][:, i, j, k] / 255) for i, j, k in np.ndindex(2, 3, 3)])
         for c in np.unique(labels)
-    )
+    ) / (1300 - 5)
     assert within_class_variance(images, labels) == pytest.approx(expected, rel=1e-12)
-    assert within_class_variance(images) == pytest.approx(np.var(images / 255, axis=0).mean(), rel=1e-12)
+    assert within_class_variance(images) == pytest.approx(np.var(images / 255, axis=0, ddof=1).mean(), rel=1e-12)
+
+
+def test_few_images_do_not_look_more_alike_than_many() -> None:
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (4000, 1, 4, 4)).astype(np.uint8), np.arange(4000) % 10
+    few = [within_class_variance(images[i : i + 20], labels[i : i + 20]) for i in range(0, 4000, 20)]
+    assert np.mean(few) == pytest.approx(within_class_variance(images, labels), rel=0.02)
+    assert within_class_variance(images[:10], labels[:10]) == 0
 
 
 def test_images_that_are_all_class_means_have_no_variance() -> None:

@@ -43,6 +43,22 @@ def test_full_batch_step_against_the_exact_gaussian_mechanism(noise_multiplier: 
     assert exact == pytest.approx(1e-5, rel=0.02)
 
 
+@pytest.mark.parametrize(("epsilon", "warmup"), [(1.0, 4.0), (2.0, 2.05)])
+def test_what_a_dear_warmup_leaves_is_spent(epsilon: float, warmup: float) -> None:
+    """By the Renyi accountant, where a calibration begins, the warm-up alone is above epsilon: by PLD it is below."""
+    others = [Mechanism("warm-up", 1.0, warmup, 1)]
+    assert epsilon_spent(others, 1e-5) < epsilon < accounting.rough_epsilon(others, 1e-5)
+
+    def spent(noise_multiplier: float) -> float:
+        return epsilon_spent([*others, Mechanism("x", RATE, noise_multiplier, 732)], 1e-5)
+
+    low, high = 1.0, 100.0
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
+    assert calibrate_noise_multiplier(epsilon, 1e-5, RATE, 732, others=others) == pytest.approx(high, rel=1e-3)
+
+
 @settings(max_examples=3, deadline=None)
 @given(
     epsilon=st.floats(0.1, 5),  # larger ones take longer: below

@@ -205,6 +205,8 @@ def describe(report: CopyReport) -> Iterator[str]:
     ):
         yield f"  {name:34} {ours:>10,} {theirs:>10,}"
     yield f"  {'typical distance, grey levels':34} {s.typical:>10.2f} {r.typical:>10.2f}"
+    if not (r.exact.size or r.shared.size or r.very_near.size or r.near.size) and (s.very_near.size or s.near.size):
+        yield "  (no real image is so near another: then a single synthetic one counts; look at it, it may be chance)"
     yield "  (real: training images, each compared with all the others; as far: as the 50 nearest are, on average)"
     for synthetic, training, distance in report.pairs:
         yield f"  synthetic image {synthetic} and training image {training}: {distance:.2f} grey levels apart"

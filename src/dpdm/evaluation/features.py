@@ -160,15 +160,15 @@ def image_tensor(images: np.ndarray, device: torch.device) -> Tensor:
 def within_class_variance(images: np.ndarray, labels: np.ndarray | None = None) -> float:
     """Returns how much images of one class differ: the pixel variance inside a class, averaged.
 
-    sum_c (N_c / N) mean_p var(pixel p in class c), with pixels in [0, 1] and the variance divided by N_c, so
-    a class with a single image counts as zero. Sums are taken in integers and are exact.
+    The squared distances of pixels, in [0, 1], from their class's mean, added up and divided by N less the number of
+    classes, so that few images do not look more alike than many. Sums are taken in integers and are exact.
 
     Args:
         images: (N, C, H, W) uint8, N >= 1.
         labels: (N,) integers; None treats all images as one class, which gives their total variance.
 
     Returns:
-        A number in [0, 0.25].
+        A number in [0, 0.5]; 0 if no class has two images.
 
     Raises:
         InputError: if shapes or types do not fit.
@@ -178,7 +178,8 @@ def within_class_variance(images: np.ndarray, labels: np.ndarray | None = None) 
         labels = np.zeros(len(images), dtype=np.int64)
     _check_labels(labels, len(images))
     squares = 0.0  # sum over classes of the sum of squared deviations from the class's mean image
-    for label in np.unique(labels):
+    classes = np.unique(labels)
+    for label in classes:
         index = np.flatnonzero(labels == label)
         total = np.zeros(images.shape[1:], dtype=np.int64)
         total_squares = np.zeros(images.shape[1:], dtype=np.int64)
@@ -186,7 +187,8 @@ def within_class_variance(images: np.ndarray, labels: np.ndarray | None = None) 
             total += chunk.sum(axis=0)
             total_squares += (chunk**2).sum(axis=0)
         squares += float((total_squares - total**2 / len(index)).sum())
-    return squares / (images.size * 255.0**2)
+    free = len(images) - len(classes)
+    return squares / (free * images[0].size * 255.0**2) if free else 0.0
 
 
 def _convolutional_features(channels: int, side: int) -> nn.Sequential:

@@ -89,9 +89,9 @@ def _promise(guarantee: Guarantee, statement: Mapping[str, Any]) -> Iterator[str
         f"have come out much the same without {'it' if noun == 'image' else 'them'}."
     )
     yield (
-        "How much the same: nothing that can be seen of the release became more than e to the power epsilon, which is "
-        f"{factor}, times as likely or unlikely by the presence of {unit}, apart from a probability of delta, which is "
-        f"{odds(guarantee.delta)}. Smaller numbers protect better."
+        "How much the same: the chance that the release shows a certain thing, whatever one looks for, is with "
+        f"{unit} at most e to the power epsilon, which is {factor}, times what it is without, plus delta, which is "
+        f"{odds(guarantee.delta)}; and the other way round. Smaller numbers protect better."
     )
     yield (
         f"For an attacker this means: whoever wants to tell whether a certain {noun} took part, and to be wrong "

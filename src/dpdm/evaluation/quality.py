@@ -1,5 +1,7 @@
 """Beside the Frechet distance, from the same features: kernel distance, precision and recall, Inception score."""
 
+import functools
+
 import numpy as np
 
 from dpdm.errors import InputError
@@ -76,12 +78,14 @@ def score_sums(
 ) -> np.ndarray:
     """Returns what the Inception score needs to know of some images; of all images it is the sum of the parts'.
 
+    Images are dealt out to the splits by a fixed shuffle, as files are often in the order of their classes.
+
     Args:
         features: (B, D).
         class_weights: (K, D): p = softmax(features class_weights^T) are the class probabilities.
         rows: (B,) numbers of these images among all, in [0, total).
         total: how many images there are.
-        num_splits: parts of equal length of which each gets a score.
+        num_splits: parts of equal size of which each gets a score.
 
     Returns:
         (num_splits, K + 2): per split the sums of p, of sum_k p_k ln p_k, and of images.
@@ -92,7 +96,7 @@ def score_sums(
     p = np.exp(log_p)
     sums = np.zeros((num_splits, len(class_weights) + 2))
     columns = np.concatenate([p, (p * log_p).sum(axis=1, keepdims=True), np.ones((len(p), 1))], axis=1)
-    np.add.at(sums, rows * num_splits // total, columns)
+    np.add.at(sums, _shuffled(total)[rows] * num_splits // total, columns)
     return sums
 
 
@@ -112,6 +116,11 @@ def inception_score(sums: np.ndarray) -> tuple[float, float]:
     log_marginal = np.log(np.where(marginal > 0, marginal, 1))
     scores = np.exp(means[:, -1] - (marginal * log_marginal).sum(axis=1))
     return float(scores.mean()), float(scores.std())
+
+
+@functools.lru_cache(maxsize=1)
+def _shuffled(total: int) -> np.ndarray:
+    return np.random.default_rng(0).permutation(total)
 
 
 def _unbiased_discrepancy(x: np.ndarray, y: np.ndarray) -> float:

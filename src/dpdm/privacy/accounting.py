@@ -42,7 +42,6 @@ SMALLEST_NOISE_MULTIPLIER = 0.1  # calibration stops here: with less, one use al
 GRID = 1e-4
 GRID_POINTS = 2**18  # of one use, at most, in one direction; with more the grid is coarser, by powers of two
 TAIL_DEVIATIONS = 8.0  # of the noise, within which the losses are that a grid has to hold
-SMALL_EPSILON = 1.0  # below it a calibration may have to begin with less noise than the Renyi accountant asks for
 QUICK_EPSILON = 10.0  # a calibration to more than that searches on a grid that is coarser in proportion
 CLOSE = 5e-3  # how far below the budget, relative, such a search may end
 
@@ -243,7 +242,8 @@ def calibrate_noise_multiplier(
     low, high = SMALLEST_NOISE_MULTIPLIER, _ceiling(spent, epsilon)
     start = _bisect(lambda sigma: spent(sigma, "rdp"), epsilon, low=low, high=high)
     coarser = 2 ** max(0, math.ceil(math.log2(epsilon / QUICK_EPSILON)))
-    while epsilon < SMALL_EPSILON and start / 2 >= low and spent(start / 2) <= epsilon:  # there its orders tell little
+    # Of a small epsilon its orders tell little, and nothing where by them the others alone pass the budget.
+    while start / 2 >= low and spent(start / 2, coarser=coarser) <= epsilon:
         start /= 2
     sigma = _round_up(_secant(lambda sigma: spent(sigma, coarser=coarser), epsilon, start))
     if coarser > 1 and (found := spent(sigma)) < (1 - CLOSE) * epsilon:  # so much above is that grid: allow it more
