@@ -245,7 +245,8 @@ def verify(
 
     Two accountants recompute epsilon; every file, the synthetic images beside RELEASE included, must hold what a
     release holds and nothing else. It cannot prove how training was done. With --against the synthetic images are also
-    compared with the training images; what that finds goes to standard error and is private.
+    compared with the training images; what that finds goes to standard error and is private, and with copies there is
+    no page.
 
     A public model has no guarantee: its page says so, and the exit status is 1 unless --public says that this is what
     you expect, so that nobody takes it for a private one.
@@ -261,7 +262,8 @@ def verify(
     for problem in found.problems:
         complain(f"{release}: {problem}")
     reports = {} if against is None else checks.against(release, against, images)
-    if not found.problems and (found.is_public or not public):
+    copies = sum(report.copies for report in reports.values())
+    if not found.problems and not copies and (found.is_public or not public):
         print(checks.page(found))
     for place, report in reports.items():
         print("\n".join([f"{place}:", *describe(report)]), file=sys.stderr)
@@ -273,5 +275,5 @@ def verify(
         raise RunError(f"{release} is a public model: there is no guarantee; add --public if you expect that.")
     if public and not found.is_public:
         raise RunError(f"{release} is a private release and no public model: leave out --public.")
-    if copies := sum(report.copies for report in reports.values()):
+    if copies:
         raise RunError(f"{copies} of the synthetic images are copies of training images: do not share them.")

@@ -40,7 +40,7 @@ def account(compose: tuple[Path, ...], as_json: bool, delta: float | None, **num
 
     Give --dataset-size, --batch-size, one of --epochs and --iterations, and one of --epsilon and --noise-multiplier;
     or --compose, with --delta at most, once for each run on the same images: its private/ledger.jsonl or its
-    release/privacy.json, not both, and not those of a rounded copy beside the release's own.
+    release/privacy.json, not both, and not that of a copy by dpdm release --from beside the release's own.
     """
     from dpdm import account as accounts
     from dpdm.evaluation.guarantee import round_up

@@ -32,7 +32,7 @@ ONE_PROCESS, STEPS = "one process for the whole way", "go step by step by dpdm t
 
 FIXED = {
     "dp.epsilon": "give --epsilon",
-    "dp.delta": "give --delta",
+    "dp.delta": "give dpdm synthesize --delta",
     "dp.noise_multiplier": "it follows from --epsilon; dpdm train takes it",
     "dp.seed": "a run with a seed cannot be released; dpdm train takes it",
     "dp.enabled": "images are synthesized with a guarantee; dpdm train takes it",

@@ -15,7 +15,7 @@ from dpdm.errors import InputError
 
 # Only these decoders are ever given a user's bytes; Pillow's others are rarer and less tested.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it merely warns
 MAX_RESOLUTION = 4096
 MIN_GREY_BITS, MAX_GREY_BITS = 9, 16
