@@ -48,6 +48,7 @@ from dpdm.data.prepare import prepare
 from dpdm.device import pick_device
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.image_noise import image_labels
+from dpdm.diffusion.sampling import SamplerConfig
 from dpdm.errors import InputError, RunError
 from dpdm.evaluation.classifiers import logistic_regression_accuracy
 from dpdm.evaluation.copies import find_copies
@@ -139,8 +140,9 @@ class Subject:
         sampler = asdict(self.config.sampler)
         for name in ("num_images", "batch_size", "output"):  # which change no image
             del sampler[name]
-        for name, former in {"class_weights": (), "precision": "float32", "augmentation": 0.0}.items():
-            if sampler[name] == former:  # as figures from before there was such a key have it
+        usual = SamplerConfig()
+        for name in ("class_weights", "precision", "augmentation", "guidance_min", "guidance_max"):
+            if sampler[name] == getattr(usual, name):  # as figures from before there was such a key have it
                 del sampler[name]
         return {
             "model": self.arguments.name,

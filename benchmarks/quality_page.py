@@ -1,6 +1,7 @@
 """What benchmarks/quality.py writes into docs/results.md: tables of all models whose figures are kept, and pictures."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def _privacy(result: Result) -> str:
 def _sampler(sampler: dict[str, Any]) -> str:
     parts = [f"`{sampler['type']}`, {sampler['num_steps']}"]
     if sampler["guidance_scale"]:
-        parts.append(f"guidance {sampler['guidance_scale']:g}")
+        low, high = float(sampler.get("guidance_min", 0)), float(sampler.get("guidance_max", "inf"))
+        between = "" if (low, high) == (0.0, math.inf) else f" from {low:g} to {high:g}"
+        parts.append(f"guidance {sampler['guidance_scale']:g}{between}")
     if sampler["s_churn"]:
         parts.append(f"churn {sampler['s_churn']:g}")
     if sampler["stochastic"]:

@@ -36,7 +36,7 @@ LOSS = {
     "sigma_max": "30",
     "sigma_data": "0.3",
 }
-SAMPLER = {"s_min": "0.5", "s_max": "2", "s_noise": "1.1"}
+SAMPLER = {"s_min": "0.5", "s_max": "2", "s_noise": "1.1", "guidance_min": "0.5", "guidance_max": "2"}
 
 
 def _loss(words: list[str]) -> tuple[torch.Tensor, set[str]]:
@@ -65,11 +65,16 @@ def test_a_key_of_the_loss_is_idle_if_and_only_if_it_does_not_change_the_loss(de
         assert idle == ({f"loss.{name}"} if torch.equal(before, after) else set())
 
 
-@pytest.mark.parametrize("words", [(), ("sampler.type=edm",), ("sampler.type=edm", "sampler.s_churn=2")])
-def test_a_key_of_the_churn_is_idle_if_and_only_if_it_does_not_change_the_images(words):
+@pytest.mark.parametrize(
+    "words", [(), ("sampler.type=edm",), ("sampler.type=edm", "sampler.s_churn=2"), ("sampler.guidance_scale=100",)]
+)
+def test_a_key_of_the_sampler_is_idle_if_and_only_if_it_does_not_change_the_images(words):
     def drawn(*more: str) -> tuple[torch.Tensor, set[str]]:
         config = configs.load([], [*TINY, "sampler.num_steps=8", *words, *more])
         denoiser = configs.build_denoiser(config).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in denoiser.network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
         return torch.from_numpy(draw_some(denoiser, config, range(4))), set(idle_keys(config))
 
     before, _ = drawn()

@@ -46,6 +46,9 @@ RULES = (
         lambda c: c.train.warmup.enabled,
         "train.warmup.enabled is false",
     ),
+    _Rule(
+        "sampler", "guidance_min guidance_max", lambda c: c.sampler.guidance_scale != 0, "sampler.guidance_scale is 0"
+    ),
     _Rule("sampler", "s_min s_max s_noise", lambda c: c.sampler.s_churn > 0, "sampler.s_churn is 0"),
 )
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dpdm.diffusion.denoiser import Denoiser
 from dpdm.diffusion.sampling import (
+    Guidance,
     SamplerConfig,
+    SamplerType,
     ddim,
     distorted,
     dpm_solver_pp,
@@ -141,11 +143,31 @@ def test_guidance() -> None:
     denoiser = cast(Denoiser, Labelled())
     x, labels = normal(2, 1, 2, 2), torch.tensor([1, 4])
     expected = x + (1.5 * 10 * labels - 0.5 * 70)[:, None, None, None]
-    torch.testing.assert_close(guided(denoiser, x, 1.0, labels, 0.5), expected)
-    torch.testing.assert_close(guided(denoiser, x, 1.0, labels, 0.0), x + 10 * labels[:, None, None, None])
+    plain = x + 10 * labels[:, None, None, None]
+    torch.testing.assert_close(guided(denoiser, x, 1.0, labels, Guidance(0.5)), expected)
+    torch.testing.assert_close(guided(denoiser, x, 1.0, labels, Guidance(0.0)), plain)
     assert batches == [2, 2, 2]
+    between = Guidance(0.5, low=0.3, high=3.0)
+    for sigma, image in ((0.29, plain), (0.3, expected), (3.0, expected), (3.01, plain)):
+        torch.testing.assert_close(guided(denoiser, x, sigma, labels, between), image)
+    assert len(batches) == 3 + 1 + 2 + 2 + 1  # outside of the interval no call is spent on it
     with pytest.raises(InputError, match="guidance_scale=0"):
-        guided(denoiser, x, 1.0, None, 0.5)
+        guided(denoiser, x, 1.0, None, Guidance(0.5))
+
+
+@pytest.mark.parametrize("kind", ["ddim", "edm", "dpm_solver_pp"])
+def test_images_are_guided_between_two_noise_levels(small_denoiser: Denoiser, kind: SamplerType) -> None:
+    asked = SamplerConfig(type=kind, num_steps=6, guidance_scale=2.0)
+
+    def images(**more: float) -> Tensor:
+        return draw(small_denoiser, replace(asked, **more), [0, 1, 2])[0]
+
+    everywhere, nowhere = images(), images(guidance_scale=0.0)
+    assert torch.equal(images(guidance_min=1e-3, guidance_max=100.0), everywhere)
+    assert torch.equal(images(guidance_min=1e5, guidance_max=1e6), nowhere)
+    between = images(guidance_min=0.3, guidance_max=3.0)
+    assert not torch.equal(between, everywhere)
+    assert not torch.equal(between, nowhere)
 
 
 def test_karras_sigmas() -> None:
@@ -333,6 +355,9 @@ def test_missing_noise_is_refused() -> None:
         {"sigma_max": 0.001},
         {"rho": 0.0},
         {"guidance_scale": math.nan},
+        {"guidance_min": -0.1},
+        {"guidance_max": math.nan},
+        {"guidance_min": 2.0, "guidance_max": 1.0},
         {"augmentation": -0.1},
         {"augmentation": math.nan},
         {"s_churn": -1.0, "type": "edm"},
