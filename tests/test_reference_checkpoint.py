@@ -16,7 +16,7 @@ import dpdm
 from dpdm import config as configs
 from dpdm.config import Config, build_denoiser
 from dpdm.diffusion.denoiser import Denoiser
-from dpdm.diffusion.sampling import ddim, edm, karras_sigmas
+from dpdm.diffusion.sampling import Guidance, ddim, edm, karras_sigmas
 from dpdm.errors import InputError
 from dpdm.reference_checkpoint import original_names
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_gives_the_originals_images(
 
     def solve(x: Tensor) -> Tensor:
         method = edm if solver == "heun_edm" else ddim
-        return method(denoiser, x, sigmas, labels=arrays.get("y"), guidance_scale=settings["guid_scale"] or 0.0)
+        return method(denoiser, x, sigmas, labels=arrays.get("y"), guidance=Guidance(settings["guid_scale"] or 0.0))
 
     x = arrays["x"] * sigmas[0]
     images = solve(x)

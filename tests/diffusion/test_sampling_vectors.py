@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from dpdm.diffusion.denoiser import Denoiser
-from dpdm.diffusion.sampling import ddim, edm, karras_sigmas
+from dpdm.diffusion.sampling import Guidance, ddim, edm, karras_sigmas
 
 from .conftest import Reference
 
@@ -35,7 +35,7 @@ def test_solvers_equal_the_original(reference: Reference, solver: str) -> None:
             x,
             sigmas,
             labels=arrays.get("y"),
-            guidance_scale=settings["guid_scale"] or 0.0,
+            guidance=Guidance(settings["guid_scale"] or 0.0),
         )
 
     x = arrays["x"] * sigmas[0]  # float32's 79.99998 as in the original, not tmax
