@@ -511,6 +511,11 @@ def test_the_end_of_the_terminal_saves(images: Path, tmp_path: Path) -> None:
     run, steps = tmp_path / "w", 2000
     keys = [f"data.path={images}", *TINY, f"train.num_iterations={steps}", "train.checkpoint_every=10000"]
     master, slave = os.openpty()
+
+    def open_terminal() -> None:
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests run under nohup
+
     process = subprocess.Popen(
         [sys.executable, "-m", "dpdm", "train", "--workdir", str(run), "--", *keys],
         stdin=slave,
@@ -518,7 +523,7 @@ def test_the_end_of_the_terminal_saves(images: Path, tmp_path: Path) -> None:
         stderr=slave,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+        preexec_fn=open_terminal,
     )
     os.close(slave)
     ledger = run / "private" / "ledger.jsonl"

@@ -134,7 +134,7 @@ def test_a_warm_up_stops_when_it_is_asked_to(
     """It may take an hour, so not at its end; then the run goes on as if nothing had been."""
     workdir, seeded, steps = Workdir(tmp_path / "w"), tiny(archive, "dp.seed=1"), 0
     assert seeded.train.warmup.num_iterations > 2
-    real = warmup.update_ema
+    real, before = warmup.update_ema, signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
 
     def interrupted(*arguments: Any) -> None:
         nonlocal steps
@@ -147,6 +147,7 @@ def test_a_warm_up_stops_when_it_is_asked_to(
         patch.setattr(warmup, "update_ema", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(seeded, workdir)
+    signal.signal(number, before)
     assert steps == 2
     assert "The warm-up begins again when the run goes on" in capfd.readouterr().err
     _, state = train(seeded, workdir, resume=True)
