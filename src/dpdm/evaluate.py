@@ -350,7 +350,7 @@ def summary(result: dict[str, Any]) -> str:
         values = ", ".join(f"{classifier} {100 * value['value']:.1f} %" for classifier, value in found.items())
         lines.append(f"  classifiers on held-out real images, trained on {name}: {values}")
     values = ", ".join(f"{name} ({result['num_images'][name]}) {v:.3g}" for name, v in result["frechet"].items())
-    lines.append(f"  Frechet distance of so many images, which is larger of fewer: {values}")
+    lines.append(f"  Frechet distance, with the number of images (fewer lie farther): {values}")
     lines.append(f"    ({result['extractor']})")
     shares = ", ".join(f"{name} {100 * v:.0f} %" for name, v in result["variance_share"].items())
     lines.append(f"  within-class variance, share of the real: {shares}")
