@@ -118,11 +118,15 @@ def test_the_result_is_kept_and_shown(real: ImageArchive, held_out: ImageArchive
 def test_figures_on_public_images_are_not_called_private(real: ImageArchive, tmp_path: Path) -> None:
     workdir = Workdir(tmp_path / "w")
     workdir.root.mkdir()
-    config = configs.load([], ["data.name=stripes", "data.public=true", "dp.enabled=false", "data.class_names=[a,b]"])
+    keys = ["data.name=stripes", "data.public=true", "dp.enabled=false", "data.class_names=[a,b]"]
+    config = configs.load([], [*keys, f"data.path={real.path}"])
     workdir.config.write_text(configs.to_yaml(config), encoding="utf-8")
     result = evaluate(workdir, stripes(50, seed=2), real, None)
     assert "declared public" in result["note"]
     assert "private" not in summary(result)
+    others = archive(tmp_path / "others.zip", stripes(50, seed=3))
+    for images in ((others, None), (real, others)):  # dpdm evaluate --real, --holdout: whose they are is not said
+        assert "private images" in evaluate(workdir, stripes(50, seed=2), *images)["note"]
 
 
 def test_images_of_another_shape_are_refused(real: ImageArchive, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def evaluate(
     extractor = extractor_for(train_set, real.num_classes if labelled else 0)
     target = feature_statistics(extract(extractor, train_set.images))
     result: dict[str, Any] = {
-        "note": PUBLIC_NOTE if config and not config.dp.enabled else PRIVATE_NOTE,
+        "note": PUBLIC_NOTE if config and _declared_public(config, workdir, real, holdout) else PRIVATE_NOTE,
         "extractor": extractor.name,
         "num_synthetic": len(synthetic.images),
         "num_real": len(train_set.images),
@@ -182,6 +182,14 @@ def evaluate(
         result["fid"] = fid
     write_json(workdir.evaluation, result)
     return result
+
+
+def _declared_public(config: Config, workdir: Workdir, real: ImageArchive, holdout: ImageArchive | None) -> bool:
+    """Whether all these images are those of a run that was declared public: others may be private, as most are."""
+    if config.dp.enabled:
+        return False
+    own = {path.resolve() for path in (workdir.train_archive, Path(config.data.path or ""), workdir.holdout_archive)}
+    return all(archive.path.resolve() in own for archive in (real, holdout) if archive is not None)
 
 
 def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, timing: dict[str, str]) -> None:
@@ -210,6 +218,7 @@ def write_reports(workdir: Workdir, synthetic: ImageSet, real: ImageArchive, tim
         spent_steps=steps,
         spent_epsilon=epsilons,
         sections=sections(result),
+        declared_public=result["note"] == PUBLIC_NOTE,
         config=configs.to_yaml(config),
         environment=facts.get("environment", environment(torch.device("cpu"))),
         timing=timing,

@@ -41,6 +41,7 @@ from dpdm.evaluation.quality import (
     KERNEL_SUBSET_SIZE,
     KERNEL_SUBSETS,
     NEIGHBOURS,
+    SCORE_SPLITS,
     inception_score,
     kernel_distance,
     precision_recall,
@@ -181,7 +182,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "Inception score",
                 f"{score['mean']:.4g}",
-                f"synthetic images alone, mean of 10 parts, which differ by {score['std']:.2g}",
+                f"synthetic images alone, mean of {SCORE_SPLITS} parts, which differ by {score['std']:.2g}",
             )
         )
     return found

@@ -192,9 +192,7 @@ def with_selection(config: Config, selection: str) -> Config:
             f"Expected --selection to be words for a private model's statement, got {selection!r}"
             f"{'' if config.dp.enabled else ' for a public model'}: leave it out, or say what was chosen by what."
         )
-    config = replace(config, dp=replace(config.dp, selection=f"{config.dp.selection}; {selection}"))
-    check_names(config)
-    return config
+    return replace(config, dp=replace(config.dp, selection=f"{config.dp.selection}; {selection}"))
 
 
 def sampling_config(workdir: Workdir) -> Config:

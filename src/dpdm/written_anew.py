@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from dpdm.errors import InputError, RunError
 from dpdm.model_cards import model_card, public_card
 from dpdm.own_statement import ROUNDING
+from dpdm.plan import check_names
 from dpdm.release import check_unused, load_config, with_selection, write_release
 from dpdm.released_files import redacted, to_half
 from dpdm.verify import verify
@@ -41,6 +42,7 @@ def write_anew(release: Path, workdir: Workdir, *, half: bool = False, selection
     statement, config = found.statement, load_config(release)
     if selection is not None:
         config = with_selection(config, selection)
+        check_names(config)
         statement = statement | {"hyperparameters": config.dp.selection}
     weights = load_file(release / "model.safetensors")
     if half:

@@ -202,11 +202,12 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
 
 
 def test_a_run_without_privacy_says_so(tmp_path: Path) -> None:
-    page = private_page(tmp_path, guarantee=None)
+    page = private_page(tmp_path, guarantee=None, declared_public=True)
     assert "No guarantee" in page
     assert "ε =" not in page
     assert "declared public" in page
     assert "private" not in page.lower()
+    assert "Private: do not share" in private_page(tmp_path, guarantee=None)  # beside images that are others'
 
 
 @pytest.mark.parametrize("shape", [(200, 3, 64, 64), (130, 3, 32, 32), (20, 3, 128, 96)])

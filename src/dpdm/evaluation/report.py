@@ -71,6 +71,7 @@ class PrivateReport:
         loss, clip_fraction: (S,) per step, private; empty if not recorded.
         spent_steps, spent_epsilon: (P,) public; empty if not recorded.
         sections: the tables of results.
+        declared_public: whether the real images are those of a public model, and nobody's secret.
         config: the resolved configuration as YAML.
         environment, timing: names and values.
 
@@ -91,6 +92,7 @@ class PrivateReport:
     spent_steps: np.ndarray = field(default_factory=lambda: np.empty(0))
     spent_epsilon: np.ndarray = field(default_factory=lambda: np.empty(0))
     sections: tuple[Section, ...] = ()
+    declared_public: bool = False
     config: str = ""
     environment: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
